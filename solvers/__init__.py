@@ -1,0 +1,1 @@
+"""Diffusion samplers as tables of float64 coefficients."""

@@ -1,0 +1,193 @@
+"""Grids: where a sampler stands. (schedule, steps, *, start, stop) -> times [steps + 1], from noise to data.
+
+Times decrease, the ends are the schedule's own unless given and are hit exactly, and half log-SNR increases strictly:
+`given` checks it, for every grid here and for any list of times of your own.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from solvers.schedules import Discrete, Schedule
+
+if TYPE_CHECKING:
+    import numpy
+
+MAX_STEPS = 10**6
+ULPS = 4  # a step of half log-SNR must exceed this many units in the last place
+
+
+def uniform(schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None) -> Tensor:
+    """Uniform in t: times [steps + 1], float64."""
+    return _power(schedule, steps, start, stop, power=1)
+
+
+def quadratic(schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None) -> Tensor:
+    """Uniform in sqrt(t), denser near the data: times [steps + 1], float64."""
+    return _power(schedule, steps, start, stop, power=2)
+
+
+def logsnr(schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None) -> Tensor:
+    """Uniform in log-SNR: times [steps + 1], float64. Both ends need alpha > 0 and sigma > 0."""
+    ends = _ends(schedule, steps, start, stop)
+    first, last = _finite_half_logsnr(schedule, ends)
+    return _between(schedule, schedule.time(_line(first, last, steps)), ends)
+
+
+def karras(
+    schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None, rho: float = 7.0
+) -> Tensor:
+    """Uniform in (sigma / alpha)^(1/rho): times [steps + 1], float64. Both ends need alpha > 0 and sigma > 0.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), eq. 5.
+    """
+    if not (math.isfinite(rho) and rho > 0):
+        raise ValueError(f"rho = {rho}: expected a finite number above 0, e.g. rho=7.0")
+    ends = _ends(schedule, steps, start, stop)
+    first, last = _finite_half_logsnr(schedule, ends)
+    root = _line(math.exp(-first / rho), math.exp(-last / rho), steps)
+    return _between(schedule, schedule.time(-rho * torch.log(root)), ends)
+
+
+def linspace(schedule: Discrete, steps: int, *, start: float | None = None, stop: float = 0.0) -> Tensor:
+    """The calls evenly spaced over a discrete network's levels, the first and the last included, each snapped to a level.
+
+    From the last call x goes to `stop`, by default to clean data (sigma = 0). Times [steps + 1], float64.
+    """
+    first, last = _ends(schedule, steps, start, stop)
+    lowest = max(last, 1 / schedule.levels) if last == 0 else last
+    calls = _line(first, lowest, steps - 1 if last == 0 else steps)[:steps]
+    return _on_levels(schedule, calls, (first, last))
+
+
+def leading(schedule: Discrete, steps: int, *, start: float | None = None, stop: float = 0.0) -> Tensor:
+    """The calls a constant stride apart, counted from the level next to `stop`, each snapped to a level.
+
+    Published code lets the first call fall short of `start`, although x holds the noise of `start`; here the first call
+    is moved to `start`. Times [steps + 1], float64.
+    """
+    first, last = _ends(schedule, steps, start, stop)
+    calls = _line(first, last, steps)[1:] + 1 / schedule.levels
+    return _on_levels(schedule, torch.cat([calls.new_tensor([first]), calls[1:]]), (first, last))
+
+
+def trailing(schedule: Discrete, steps: int, *, start: float | None = None, stop: float = 0.0) -> Tensor:
+    """The calls a constant stride apart, counted from `start`, each snapped to a level. Times [steps + 1], float64.
+
+    Source: Lin et al. 2023 (arXiv 2305.08891), table 2.
+    """
+    first, last = _ends(schedule, steps, start, stop)
+    return _on_levels(schedule, _line(first, last, steps)[:-1], (first, last))
+
+
+def snap(schedule: Discrete, times: Tensor) -> Tensor:
+    """Move the calls times[:-1] to the nearest levels that a discrete network knows; the end, never called, stays.
+
+    Snap *before* a method computes its coefficients: the level in the table is then the level the network is told.
+
+    Raises:
+        ValueError: two calls fall on one level.
+    """
+    times = given(schedule, times)
+    return _on_levels(schedule, times[:-1], (float(times[0]), float(times[-1])))
+
+
+def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray") -> Tensor:
+    """Check any list of times and return it as float64 [steps + 1].
+
+    Raises:
+        TypeError: not a sequence of real numbers.
+        ValueError: fewer than two, not finite, not strictly decreasing, outside the schedule, or half log-SNR not
+            strictly increasing.
+    """
+    times = torch.as_tensor(times)
+    if times.dtype == torch.bool or times.is_complex():
+        raise TypeError(f"times has dtype {times.dtype}: expected real numbers")
+    times = times.detach().double().cpu()
+    if times.ndim != 1 or times.numel() < 2:
+        raise ValueError(f"times has shape {list(times.shape)}: expected [steps + 1] with at least one step (two times)")
+    if not times.isfinite().all():
+        i = int((~times.isfinite()).nonzero()[0])
+        raise ValueError(f"times[{i}] = {times[i]:g}: every time must be finite")
+    if not (times.diff() < 0).all():
+        if (times.diff() > 0).all():
+            raise ValueError(
+                f"times must decrease from noise to data: times[0] = {times[0]:g} is followed by {times[1]:g}; flip it: times.flip(0)"
+            )
+        i = int((times.diff() >= 0).nonzero()[0])
+        raise ValueError(f"times must strictly decrease: times[{i}] = {times[i]:g} is followed by {times[i + 1]:g}")
+    lam = schedule.half_logsnr(times)
+    if lam.isnan().any():
+        i = int(lam.isnan().nonzero()[0])
+        raise ValueError(f"times[{i}] = {times[i]:g} is outside the schedule: its half log-SNR is not a number")
+    resolution = ULPS * torch.finfo(torch.float64).eps * lam.abs().nan_to_num(posinf=0.0).clamp(min=1.0)
+    close = ~(lam.diff() > torch.maximum(resolution[:-1], resolution[1:]))
+    if close.any():
+        i = int(close.nonzero()[0])
+        raise ValueError(
+            f"half log-SNR must increase by more than rounding at every step: times[{i}] = {times[i]:.17g} and times[{i + 1}] = "
+            f"{times[i + 1]:.17g} have {lam[i]:.17g} and {lam[i + 1]:.17g}"
+        )
+    return times
+
+
+def _steps(steps: int) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps = {steps!r}: expected an int of at least 1, e.g. steps=20")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps = {steps}: expected between 1 and {MAX_STEPS}, e.g. steps=20")
+    return steps
+
+
+def _ends(schedule: Schedule, steps: int, start: float | None, stop: float | None) -> tuple[float, float]:
+    _steps(steps)
+    first = schedule.start if start is None else float(start)
+    last = schedule.stop if stop is None else float(stop)
+    if not (math.isfinite(first) and math.isfinite(last) and 0 <= last < first):
+        raise ValueError(f"start = {first:g}, stop = {last:g}: expected 0 <= stop < start; start is noise, stop is data")
+    return first, last
+
+
+def _line(first: float, last: float, steps: int) -> Tensor:
+    return torch.linspace(first, last, steps + 1, dtype=torch.float64)
+
+
+def _between(schedule: Schedule, times: Tensor, ends: tuple[float, float]) -> Tensor:
+    """The grid with its ends set exactly, checked."""
+    times[0], times[-1] = ends
+    return given(schedule, times)
+
+
+def _power(schedule: Schedule, steps: int, start: float | None, stop: float | None, power: int) -> Tensor:
+    ends = _ends(schedule, steps, start, stop)
+    root = _line(ends[0] ** (1 / power), ends[1] ** (1 / power), steps)
+    return _between(schedule, root**power, ends)
+
+
+def _finite_half_logsnr(schedule: Schedule, ends: tuple[float, float]) -> tuple[float, float]:
+    first, last = schedule.half_logsnr(torch.tensor(ends, dtype=torch.float64)).tolist()
+    if math.isinf(first):
+        raise ValueError(f"start = {ends[0]:g} has alpha = 0 (half log-SNR -inf): give a start below it, e.g. start={ends[0] * 0.999:g}")
+    if math.isinf(last):
+        raise ValueError(f"stop = {ends[1]:g} has sigma = 0 (half log-SNR inf): give a stop above it, e.g. stop=0.001")
+    return first, last
+
+
+def _on_levels(schedule: Discrete, calls: Tensor, ends: tuple[float, float]) -> Tensor:
+    """Snap the calls to levels k / N and put the end behind them."""
+    if not isinstance(schedule, Discrete):
+        raise TypeError(f"schedule = {schedule!r} has no levels to stand on: expected a Discrete; use uniform, logsnr or karras")
+    if ends[0] * schedule.levels < 1:
+        raise ValueError(f"start = {ends[0]:g} is below the first level 1/{schedule.levels}")
+    level = (calls * schedule.levels).round().clamp(min=1)
+    if (level.diff() == 0).any():
+        i = int((level.diff() == 0).nonzero()[0])
+        raise ValueError(
+            f"calls {i} and {i + 1} fall on one level (t = {level[i] / schedule.levels:g}) of the {schedule.levels} that the "
+            f"network knows: take fewer than {len(calls)} steps, or interpolate its label"
+        )
+    times = torch.cat([level / schedule.levels, calls.new_tensor([ends[1]])])
+    return given(schedule, times)

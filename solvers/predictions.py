@@ -1,0 +1,166 @@
+"""What a network predicts, and converting between predictions.
+
+Every prediction is a fixed mixture of data and noise, m = p x_0 + q eps, and x = alpha x_0 + sigma eps, so any
+prediction follows from any other and x by solving two equations.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from solvers.schedules import Schedule
+
+PREDICTIONS = ("noise", "data", "velocity", "score", "flow", "edm")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network together with what it predicts and what it reads as time.
+
+    A bare callable (x [B, ...], t [B]) -> [B, ...] needs no Model: it is a noise prediction that reads the schedule's t.
+    Prompts and class labels are bound into the callable. x is the sampler's own buffer: a net that keeps it must clone it.
+
+    Attributes:
+        net: (x [B, ...], label [B]) -> prediction [B, ...].
+        predicts: "noise" eps | "data" x_0 | "velocity" alpha eps - sigma x_0 | "score" -eps / sigma |
+            "flow" dx/dt | "edm" the raw F of EDM, which is given x / sqrt(sigma^2 + sigma_data^2 alpha^2).
+        label: t [N] float64 -> what the net was trained to read: an integer step, a sigma, a log-SNR. None: t itself.
+        schedule: for "flow" alone, the schedule whose t the flow is a derivative in. None: the straight path
+            alpha + sigma = 1, where dx/dsigma = eps - x_0 is what flow-matching networks are trained on.
+        sigma_data: for "edm" alone, the standard deviation of the data.
+
+    Raises:
+        TypeError: net or label is not callable.
+        ValueError: predicts is not one of the six.
+    """
+
+    net: Callable[[Tensor, Tensor], Tensor]
+    predicts: str = "noise"
+    label: Callable[[Tensor], Tensor] | None = None
+    schedule: Schedule | None = None
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not callable(self.net):
+            raise TypeError(f"model = {self.net!r} is not callable: expected net(x, t) -> prediction")
+        if self.label is not None and not callable(self.label):
+            raise TypeError(f"label = {self.label!r} is not callable: expected a function of t, e.g. label=schedule.label")
+        if self.predicts not in PREDICTIONS:
+            raise ValueError(f"predicts = {self.predicts!r}: expected one of {', '.join(map(repr, PREDICTIONS))}")
+        if not self.sigma_data > 0:
+            raise ValueError(f"sigma_data = {self.sigma_data}: expected the data's standard deviation, above 0")
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The net's own output at the schedule's time t [B]."""
+        return self.net(x, t if self.label is None else self.label(t))
+
+    def mixture(self, times: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights (p, q), each [N], of data and noise in this prediction at N levels."""
+        if self.predicts == "flow":
+            return _path_derivative(self.schedule, times, alpha, sigma)
+        return mixture(self.predicts, alpha, sigma, self.sigma_data)
+
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What x is multiplied by before the net sees it, [N]: 1, except for "edm"."""
+        if self.predicts == "edm":
+            return (sigma**2 + (self.sigma_data * alpha) ** 2).rsqrt()
+        return torch.ones_like(alpha)
+
+
+def as_model(model: "Model | Callable[[Tensor, Tensor], Tensor]") -> Model:
+    """The model as it is, or a bare callable declared to be a noise prediction."""
+    return model if isinstance(model, Model) else Model(model)
+
+
+def mixture(predicts: str, alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+    """The weights (p, q) of m = p x_0 + q eps for every prediction but "flow", which needs the path's derivative.
+
+    Source: "edm" is eq. 7 of Karras et al. 2022 (arXiv 2206.00364) solved for F, with x = alpha y; "velocity" is
+    appendix D of Salimans & Ho 2022 (arXiv 2202.00512).
+    """
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if predicts == "edm":
+        norm = torch.sqrt(sigma**2 + (sigma_data * alpha) ** 2)
+        return sigma / (sigma_data * norm), -sigma_data * alpha / norm
+    return {
+        "noise": (zero, one),
+        "data": (one, zero),
+        "velocity": (-sigma, alpha),
+        "score": (zero, -1 / sigma),
+    }[predicts]
+
+
+def conversion(
+    have: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weights (c_x, c_m) of wanted = c_x x + c_m m, from the mixtures (p, q) of both predictions.
+
+    c_x = (p' q - q' p) / D, c_m = (alpha q' - sigma p') / D with D = alpha q - sigma p. Where the two predictions are
+    multiples of each other c_x is 0 and D cancels, so that noise stays noise at alpha = 0. Infinite where the wanted
+    prediction is not determined, as data is not by noise at alpha = 0.
+
+    Args:
+        have: (p, q), each [N], of the prediction m at hand.
+        want: (p', q'), each [N], of the wanted prediction.
+        alpha: [N], weight of the data in x.
+        sigma: [N], weight of the noise in x.
+
+    Returns:
+        (c_x, c_m), each [N], float64.
+    """
+    (p, q), (p_want, q_want) = have, want
+    cross = p_want * q - q_want * p
+    parallel = cross == 0
+    determinant = alpha * q - sigma * p
+    larger = p.abs() > q.abs()
+    multiple = torch.where(larger, p_want, q_want) / torch.where(larger, p, q)
+    from_x = torch.where(parallel, 0.0, cross / determinant)
+    from_m = torch.where(parallel, multiple, (alpha * q_want - sigma * p_want) / determinant)
+    return from_x, from_m
+
+
+def convert(m: Tensor, x: Tensor, alpha: float, sigma: float, *, have: str, want: str) -> Tensor:
+    """One prediction turned into another at one level: noise, data, velocity, score, or edm with sigma_data = 0.5.
+
+    Args:
+        m: the prediction at hand, [B, ...].
+        x: the state it was made at, [B, ...].
+        alpha: weight of the data in x.
+        sigma: weight of the noise in x.
+        have: what m is.
+        want: what is wanted.
+
+    Returns:
+        The wanted prediction, [B, ...].
+
+    Raises:
+        ValueError: an unknown name, or the level does not determine the wanted prediction.
+    """
+    for name, value in (("have", have), ("want", want)):
+        if value not in PREDICTIONS or value == "flow":
+            raise ValueError(f"{name} = {value!r}: expected one of 'noise', 'data', 'velocity', 'score', 'edm'")
+    level = (torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
+    from_x, from_m = conversion(mixture(have, *level), mixture(want, *level), *level)
+    if not (from_x.isfinite() and from_m.isfinite()):
+        raise ValueError(f"a {have} prediction does not determine {want} at alpha = {alpha:g}, sigma = {sigma:g}")
+    return float(from_x) * x + float(from_m) * m
+
+
+def _path_derivative(
+    schedule: Schedule | None, times: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(d alpha / dt, d sigma / dt), exactly, by differentiating the schedule."""
+    if schedule is None:
+        if not torch.allclose(alpha + sigma, torch.ones_like(alpha), rtol=0, atol=1e-9):
+            raise ValueError(
+                'predicts="flow" on a path that is not straight (alpha + sigma is not 1) needs the schedule whose t it is a '
+                'derivative in: Model(net, predicts="flow", schedule=schedule)'
+            )
+        return -torch.ones_like(alpha), torch.ones_like(sigma)
+    with torch.enable_grad():
+        t = times.detach().clone().requires_grad_()
+        derivatives = [torch.autograd.grad(f(t).sum(), t, allow_unused=True)[0] for f in (schedule.alpha, schedule.sigma)]
+    slopes = [torch.zeros_like(t) if d is None else d for d in derivatives]
+    return slopes[0].detach(), slopes[1].detach()
