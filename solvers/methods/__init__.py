@@ -1,0 +1,1 @@
+"""Methods: (schedule, times, **options) -> Plan, one file a family."""

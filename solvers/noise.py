@@ -1,0 +1,100 @@
+"""Where randomness comes from: one stream per sample."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solvers.schedules import Schedule
+
+Source = Callable[[int, Tensor], Tensor]  # (number of the draw, a tensor like it) -> standard normals of that shape
+STEPS, START = 0, 1  # independent streams of one sample
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """Noise of which sample i depends on (seed, ids[i], draw) alone: the same in any batch, chunk or order of batches.
+
+    Drawn on the host by a counter-based generator (Philox) in float64, then cast and moved, so it is the same for every
+    dtype and device.
+
+    Attributes:
+        seed: 0 <= seed < 2^63.
+        ids: the samples' numbers, distinct and not negative, [B].
+    """
+
+    seed: int
+    ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _whole("seed", self.seed)
+        for sample in self.ids:
+            _whole("ids", sample)
+        if len(set(self.ids)) != len(self.ids):
+            raise ValueError("ids has a sample twice: two samples would get the same noise")
+
+    def __call__(self, draw: int, like: Tensor) -> Tensor:
+        """Draw number `draw` for a step: standard normals with the shape, dtype and device of `like` [B, ...]."""
+        if len(like) != len(self.ids):
+            raise ValueError(f"noise is for {len(self.ids)} samples, but the batch has {len(like)}: give one id per sample")
+        return self._normals(STEPS, draw, like.shape[1:]).to(like)
+
+    def initial(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normals [B, *shape] to start from, independent of every draw for a step."""
+        return self._normals(START, 0, shape).to(dtype)
+
+    def _normals(self, stream: int, draw: int, shape: Sequence[int]) -> Tensor:
+        values = np.empty((len(self.ids), *shape))
+        for row, sample in zip(values, self.ids, strict=True):
+            bits = np.random.Philox(key=[self.seed, sample], counter=[0, draw, stream, 0])
+            row[...] = np.random.Generator(bits).standard_normal(tuple(shape))
+        return torch.from_numpy(values)
+
+
+def per_sample(seed: int, ids: Sequence[int]) -> PerSample:
+    """One noise stream per sample: sample i's noise does not depend on the batch it is in.
+
+    Args:
+        seed: 0 <= seed < 2^63.
+        ids: the samples' numbers, [B]; any distinct whole numbers.
+
+    Raises:
+        ValueError: a seed or id that is not a whole number in range, or an id twice.
+    """
+    return PerSample(seed, tuple(ids))
+
+
+def noised(x0: Tensor, schedule: Schedule, t: float, noise: Tensor) -> Tensor:
+    """x_t = alpha(t) x0 + sigma(t) noise.
+
+    Args:
+        x0: data, [B, ...].
+        schedule: noise schedule.
+        t: time.
+        noise: standard normals, the shape of x0.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise has shape {list(noise.shape)}: expected that of x0, {list(x0.shape)}")
+    level = torch.tensor(t, dtype=torch.float64)
+    return float(schedule.alpha(level)) * x0 + float(schedule.sigma(level)) * noise
+
+
+def as_source(noise: "Source | torch.Generator | int", batch: int) -> Source:
+    """A noise source as it is, a torch.Generator, or a seed: samples 0 .. batch - 1 of that seed."""
+    if isinstance(noise, torch.Generator):
+        return lambda draw, like: torch.randn(
+            like.shape, generator=noise, device=noise.device, dtype=like.dtype
+        ).to(like.device)
+    if callable(noise):
+        return noise
+    return per_sample(noise, range(batch))
+
+
+def _whole(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"{name} = {value!r}: expected a whole number from 0 to 2^63 - 1")

@@ -1,0 +1,371 @@
+"""The executor: run, trajectory, sample; the resumable state."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from solvers.grids import logsnr, uniform
+from solvers.methods.multistep import dpm_solver_pp
+from solvers.noise import Source, as_source
+from solvers.plan import Plan
+from solvers.predictions import Model, as_model, conversion, mixture
+from solvers.schedules import Schedule
+
+AnyModel = Model | Callable[[Tensor, Tensor], Tensor]
+Noise = Source | torch.Generator | int
+ONE = {dtype: torch.ones(1, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+
+
+class NonFiniteError(ArithmeticError):
+    """A model returned NaN or an infinity.
+
+    Attributes:
+        call: number of the call, from 0.
+        time: its time t.
+        half_logsnr: its half log-SNR.
+        samples: the positions in the batch that were hit.
+    """
+
+    def __init__(self, call: int, plan: Plan, samples: list[int], state_was_finite: bool):
+        self.call, self.samples = call, samples
+        self.time, self.half_logsnr = float(plan.times[call]), float(plan.half_logsnr[call])
+        blame = "the x it was given is finite" if state_was_finite else "the x it was given is not finite either"
+        shown = ", ".join(map(str, samples[:10])) + (", ..." if len(samples) > 10 else "")
+        super().__init__(
+            f"the model's output is not finite in call {call} of {plan.nfe} (t = {self.time:g}, half log-SNR = "
+            f"{self.half_logsnr:g}) for samples [{shown}]; {blame}"
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """A run after some of its rows: all that is needed to go on, with `run(plan, model, state)`.
+
+    Attributes:
+        x: [B, ...], float32 or float64; it stands at plan.times[call].
+        call: the number of calls made.
+        outputs: by call, the outputs in the plan's form that later rows read, each [B, ...].
+        draws: by draw, the noise that later rows read, each [B, ...].
+        input_dtype: the dtype in which the network is called.
+    """
+
+    x: Tensor
+    call: int = 0
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    draws: dict[int, Tensor] = field(default_factory=dict)
+    input_dtype: torch.dtype = torch.float32
+
+
+def run(
+    plan: Plan,
+    model: AnyModel,
+    x: Tensor | State,
+    noise: Noise | None = None,
+    callback: Callable[[State], None] | None = None,
+    progress: bool = False,
+    grad: bool = False,
+) -> Tensor:
+    """Execute a plan.
+
+    The state is float64 for float64 x, else float32, whatever the network's dtype; the network is called with x in the
+    dtype in which it is passed here. x itself is never changed. In the loop nothing is read back from an accelerator;
+    whether its outputs were finite is read once, at the end.
+
+    Args:
+        plan: the table.
+        model: (x [B, ...], t [B]) -> prediction of the noise [B, ...], or a Model that declares another prediction.
+        x: the state at plan.times[0], alpha x_0 + sigma eps, [B, ...]; or a State to go on from.
+        noise: for a stochastic plan: a noise source, a torch.Generator, or an int seed (samples 0 .. B-1 of that seed).
+        callback: called with the State after each row.
+        progress: show a progress bar.
+        grad: keep the gradient graph of the whole run.
+
+    Returns:
+        The state at plan.times[-1], [B, ...], float32 or float64.
+
+    Raises:
+        TypeError: x or a model output is not a floating-point tensor.
+        ValueError: x is not finite or not a batch; the model's prediction does not determine the plan's form at a call;
+            a stochastic plan has no noise; a model output has the wrong shape or device.
+        NonFiniteError: a model output is not finite.
+    """
+    model = as_model(model)
+    state = x if isinstance(x, State) else _start(x, grad)
+    source = _source(plan, noise, len(state.x))
+    rows = _rows(plan, model)
+    if len(state.x) == 0:
+        return state.x
+    if isinstance(model.net, nn.Module) and model.net.training and not grad:
+        warnings.warn("the network is in training mode (dropout, batch statistics): call net.eval()", stacklevel=2)
+    with torch.set_grad_enabled(grad):
+        return _execute(plan, model, state, source, rows, callback, progress, grad)
+
+
+def trajectory(
+    plan: Plan, model: AnyModel, x: Tensor, noise: Noise | None = None, progress: bool = False
+) -> Tensor:
+    """Execute a plan and keep the state at every time: [N+1, B, ...]. Arguments and errors as for `run`."""
+    states = [_start(x, grad=False).x]
+    run(plan, model, x, noise, callback=lambda state: states.append(state.x), progress=progress)
+    return torch.stack(states)
+
+
+def sample(
+    model: AnyModel,
+    x: Tensor,
+    schedule: Schedule,
+    steps: int = 20,
+    method: Callable[[Schedule, Tensor], Plan] = dpm_solver_pp,
+    grid: Callable[[Schedule, int], Tensor] | None = None,
+    noise: Noise | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """From noise to data in one call: DPM-Solver++(2M) on a log-SNR-uniform grid unless told otherwise.
+
+    Args:
+        model: as for `run`.
+        x: the state at the schedule's start, [B, ...]: schedule.sigma(start) times standard normals.
+        schedule: noise schedule.
+        steps: grid steps; with the default method as many calls.
+        method: (schedule, times) -> Plan.
+        grid: (schedule, steps) -> times; by default `logsnr`, or `uniform` where an end has infinite log-SNR.
+        noise: as for `run`.
+        progress: show a progress bar.
+
+    Returns:
+        Samples, [B, ...], float32 or float64.
+    """
+    if grid is None:
+        ends = schedule.half_logsnr(torch.tensor([schedule.start, schedule.stop], dtype=torch.float64))
+        grid = logsnr if ends.isfinite().all() else uniform
+    return run(method(schedule, grid(schedule, steps)), model, x, noise, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row with the conversion of the model's output folded in; every weight a host float.
+
+    x <- x_weight x + output_weight m + sum over past + sum over draws, and, where a later row reads this call,
+    kept = keep[0] x + keep[1] m. `swap` is the same x from kept and m, where that is as well conditioned.
+    """
+
+    label: float | int
+    input_scale: float
+    x_weight: float
+    output_weight: float
+    past: list[tuple[int, float]]
+    draws: list[tuple[int, float]]
+    keep: tuple[float, float] | None
+    swap: tuple[float, float] | None
+    done: list[int]
+
+
+def _rows(plan: Plan, model: Model) -> list[_Row]:
+    """Everything the loop needs, decided before the first call."""
+    calls = (plan.times[:-1], plan.alpha[:-1], plan.sigma[:-1])
+    have = model.mixture(*calls)
+    from_x, from_m = conversion(have, mixture(plan.predicts, *calls[1:]), *calls[1:])
+    undetermined = ~(from_x.isfinite() & from_m.isfinite())
+    if undetermined.any():
+        i = int(undetermined.nonzero()[0])
+        raise ValueError(
+            f"a {model.predicts} prediction does not determine {plan.predicts} in call {i}, at t = {plan.times[i]:g} (alpha = "
+            f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow"
+        )
+    b0 = plan.b[:, 0]
+    x_weight, output_weight = plan.a + b0 * from_x, b0 * from_m
+    # x = (kept - from_m m) / from_x, as good as x itself unless its terms outgrow it
+    growth = (from_m / from_x).abs() * torch.hypot(*have) / torch.hypot(calls[1], calls[2])
+    swap_kept, swap_output = b0 + plan.a / from_x, -plan.a * from_m / from_x
+    last_use = _last_use(plan.b)
+    labels = _labels(model, calls[0])
+    scales = model.input_scale(*calls[1:]).tolist()
+    return [
+        _Row(
+            labels[i],
+            scales[i],
+            float(x_weight[i]),
+            float(output_weight[i]),
+            [(i - j, w) for j, w in enumerate(plan.b[i].tolist()) if j and w],
+            [(i - k, w) for k, w in enumerate(plan.c[i].tolist()) if w],
+            (float(from_x[i]), float(from_m[i])) if last_use[i] > i else None,
+            (float(swap_kept[i]), float(swap_output[i])) if growth[i] < 4 and last_use[i] > i else None,
+            [call for call in range(max(0, i - plan.window), i) if last_use[call] == i],
+        )
+        for i in range(plan.nfe)
+    ]
+
+
+def _execute(
+    plan: Plan,
+    model: Model,
+    state: State,
+    source: Source | None,
+    rows: list[_Row],
+    callback: Callable[[State], None] | None,
+    progress: bool,
+    grad: bool,
+) -> Tensor:
+    x, outputs, draws = state.x, dict(state.outputs), dict(state.draws)
+    reuse = callback is None and not grad and state.call == 0
+    last_draw = _last_use(plan.c)
+    finite = None if x.device.type == "cpu" else torch.zeros(plan.nfe, len(x), device=x.device)
+    for i in tqdm(range(state.call, plan.nfe), disable=not progress, initial=state.call, total=plan.nfe, unit="call"):
+        row = rows[i]
+        m = _call(plan, model, row, x, i, state.input_dtype)
+        _check_finite(plan, m, x, i, finite)
+        m = m.to(x.dtype)
+        if grad:
+            x = _combined(row, x, m, outputs, i)
+        else:
+            x = _combined_in_place(row, x, m, outputs, i, reuse)
+        if source is not None:
+            if last_draw[i] >= i:
+                draws[i] = source(i, x)
+            for draw, weight in row.draws:
+                x = x + weight * draws[draw] if grad else x.add_(draws[draw], alpha=weight)
+            draws = {draw: z for draw, z in draws.items() if last_draw[draw] > i}
+        if callback is not None:
+            callback(State(x, i + 1, dict(outputs), dict(draws), state.input_dtype))
+    if finite is not None and not finite.isfinite().all():
+        first = int((~finite.isfinite()).any(1).nonzero()[0])
+        raise NonFiniteError(first, plan, (~finite[first].isfinite()).nonzero().flatten().tolist(), first == 0)
+    return x
+
+
+def _combined(row: _Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call: int) -> Tensor:
+    """The row as a formula that gradients flow through."""
+    new = row.x_weight * x + row.output_weight * m
+    for past, weight in row.past:
+        new = new + weight * outputs[past]
+    if row.keep:
+        outputs[call] = row.keep[0] * x + row.keep[1] * m
+    for past in row.done:
+        outputs.pop(past, None)
+    return new
+
+
+def _combined_in_place(
+    row: _Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call: int, reuse: bool
+) -> Tensor:
+    """The row in as few passes over memory as there are terms; `reuse` lets it overwrite x and outputs read for the last time."""
+    past = dict(row.past)
+    if not reuse:
+        x = x.clone()
+    if row.swap:
+        kept = _scaled_add(x, row.keep[0], m, row.keep[1])
+        onto = row.done[0] if row.done else None
+        x = torch.empty_like(x) if onto is None else outputs[onto] if reuse else outputs[onto].clone()
+        _scaled_add(x, past.pop(onto, 0.0), kept, row.swap[0])
+        _scaled_add(x, 1.0, m, row.swap[1])
+    else:
+        kept = _scaled_add(x.clone(), row.keep[0], m, row.keep[1]) if row.keep else None
+        _scaled_add(x, row.x_weight, m, row.output_weight)
+    for old, weight in past.items():
+        x.add_(outputs[old], alpha=weight)
+    for old in row.done:
+        outputs.pop(old, None)
+    if kept is not None:
+        outputs[call] = kept
+    return x
+
+
+def _scaled_add(y: Tensor, scale: float, u: Tensor, weight: float) -> Tensor:
+    """y <- scale y + weight u. On a CPU in one pass over memory, which torch offers as a matrix of one column times [1]."""
+    if y.device.type == "cpu" and y.stride() == u.stride():
+        column = u.as_strided((u.numel(), 1), (1, 1))
+        flat = y.as_strided((y.numel(),), (1,))
+        torch.addmv(flat, column, ONE[y.dtype], beta=scale, alpha=weight, out=flat)
+        return y
+    return torch.mul(u, weight, out=y) if scale == 0 else y.mul_(scale).add_(u, alpha=weight)
+
+
+def _call(plan: Plan, model: Model, row: _Row, x: Tensor, call: int, dtype: torch.dtype) -> Tensor:
+    """One network call, its contract checked."""
+    given = x if row.input_scale == 1 else x * row.input_scale
+    given = given.to(dtype)
+    label = torch.full((len(x),), row.label, dtype=torch.long if isinstance(row.label, int) else x.dtype, device=x.device)
+    version = None if given.is_inference() else given._version
+    where = f"call {call} of {plan.nfe}, t = {plan.times[call]:g}"
+    try:
+        m = model.net(given, label)
+    except Exception as error:
+        error.add_note(f"raised by the model in {where}, half log-SNR = {plan.half_logsnr[call]:g}")
+        raise
+    if not isinstance(m, Tensor):
+        raise TypeError(f"the model returned {type(m).__name__} in {where}: expected one tensor; unpack it in the callable")
+    if not m.is_floating_point():
+        raise TypeError(f"the model returned {m.dtype} in {where}: expected a floating-point tensor")
+    if m.shape != x.shape:
+        hint = "; if the second half is a learned variance, split it: lambda x, t: net(x, t)[:, :C]"
+        raise ValueError(
+            f"the model returned shape {list(m.shape)} in {where}: expected {list(x.shape)}, the shape of x"
+            + (hint if m.ndim == x.ndim > 1 and m.shape[1] == 2 * x.shape[1] else "")
+        )
+    if m.device != x.device:
+        raise ValueError(f"the model returned a tensor on {m.device} in {where}: expected {x.device}, the device of x")
+    if version is not None and given._version != version:
+        raise ValueError(f"the model changed its input x in place in {where}: let it work on a clone")
+    return m
+
+
+def _check_finite(plan: Plan, m: Tensor, x: Tensor, call: int, finite: Tensor | None) -> None:
+    """On a CPU at once; on an accelerator noted in `finite` [N, B], to be read after the last row."""
+    m = m.detach()
+    if finite is not None:
+        torch.linalg.vector_norm(m.flatten(1).float(), ord=math.inf, dim=1, out=finite[call])
+    elif not math.isfinite(m.sum(dtype=x.dtype).item()):  # a sum of finite values may overflow: look closer
+        hit = ~m.flatten(1).isfinite().all(1) if m.ndim > 1 else ~m.isfinite()
+        if hit.any():
+            raise NonFiniteError(call, plan, hit.nonzero().flatten().tolist(), bool(x.isfinite().all()))
+
+
+def _start(x: Tensor, grad: bool) -> State:
+    """The first state: a copy of x in float32 or float64, once x is known to be one."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {type(x).__name__}: expected a torch.Tensor, e.g. torch.from_numpy(x)")
+    if x.layout != torch.strided or x.is_quantized or x.device.type == "meta":
+        raise TypeError(f"x is {x.layout} on {x.device}: expected a dense tensor with values")
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}: expected a real floating-point tensor, e.g. x.float()")
+    if x.ndim == 0:
+        raise ValueError("x has no batch dimension: expected [B, ...], e.g. x[None]")
+    if x.requires_grad and not grad:
+        raise ValueError("x requires a gradient, but the run keeps no graph: pass grad=True, or x.detach()")
+    if x.device.type == "cpu" and not x.isfinite().all():
+        where = [int(i) for i in (~x.isfinite()).nonzero()[0]]
+        raise ValueError(f"x{where} = {x[tuple(where)]:g}: every entry of the starting state must be finite")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return State(x.to(dtype, copy=True), input_dtype=x.dtype)
+
+
+def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
+    if not plan.is_stochastic:
+        return None
+    if noise is None:
+        raise ValueError("the plan is stochastic and needs noise: run(plan, model, x, noise=0) seeds one stream per sample")
+    return as_source(noise, batch)
+
+
+def _labels(model: Model, times: Tensor) -> list[float] | list[int]:
+    """What the net reads at each call, computed once on the host."""
+    if model.label is None:
+        return times.tolist()
+    labels = torch.as_tensor(model.label(times))
+    if labels.shape != times.shape or not labels.isfinite().all():
+        raise ValueError(f"label gave {labels!s:.200}: expected a finite number for each of the {len(times)} calls")
+    return labels.tolist()
+
+
+def _last_use(weights: Tensor) -> list[int]:
+    """For each call (or draw) the last row that reads it; -1 for none."""
+    rows = len(weights)
+    last = [-1] * rows
+    for row, column in (weights != 0).nonzero().tolist():
+        last[row - column] = max(last[row - column], row)
+    return last
