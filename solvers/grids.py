@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from solvers.schedules import Discrete, Schedule
+from solvers.schedules import Discrete, Schedule, number, numbers
 
 if TYPE_CHECKING:
     import numpy
@@ -44,7 +44,7 @@ def karras(
 
     Source: Karras et al. 2022 (arXiv 2206.00364), eq. 5.
     """
-    if not (math.isfinite(rho) and rho > 0):
+    if not (math.isfinite(number("rho", rho)) and rho > 0):
         raise ValueError(f"rho = {rho}: expected a finite number above 0, e.g. rho=7.0")
     ends = _ends(schedule, steps, start, stop)
     first, last = _finite_half_logsnr(schedule, ends)
@@ -57,10 +57,10 @@ def linspace(schedule: Discrete, steps: int, *, start: float | None = None, stop
 
     From the last call x goes to `stop`, by default to clean data (sigma = 0). Times [steps + 1], float64.
     """
-    first, last = _ends(schedule, steps, start, stop)
-    lowest = max(last, 1 / schedule.levels) if last == 0 else last
-    calls = _line(first, lowest, steps - 1 if last == 0 else steps)[:steps]
-    return _on_levels(schedule, calls, (first, last))
+    first, last = _ends(_discrete(schedule), steps, start, stop)
+    lowest, gaps = (last * schedule.levels - 1, steps) if last else (0.0, max(steps - 1, 1))
+    labels = _level_line(first * schedule.levels - 1, lowest, gaps)[:steps]
+    return _on_levels(schedule, labels.round() + 1, (first, last))
 
 
 def leading(schedule: Discrete, steps: int, *, start: float | None = None, stop: float = 0.0) -> Tensor:
@@ -69,9 +69,9 @@ def leading(schedule: Discrete, steps: int, *, start: float | None = None, stop:
     Published code lets the first call fall short of `start`, although x holds the noise of `start`; here the first call
     is moved to `start`. Times [steps + 1], float64.
     """
-    first, last = _ends(schedule, steps, start, stop)
-    calls = _line(first, last, steps)[1:] + 1 / schedule.levels
-    return _on_levels(schedule, torch.cat([calls.new_tensor([first]), calls[1:]]), (first, last))
+    first, last = _ends(_discrete(schedule), steps, start, stop)
+    calls = _level_line(first * schedule.levels, last * schedule.levels, steps) + 1
+    return _on_levels(schedule, torch.cat([calls[:1] - 1, calls[2:]]), (first, last))
 
 
 def trailing(schedule: Discrete, steps: int, *, start: float | None = None, stop: float = 0.0) -> Tensor:
@@ -79,8 +79,8 @@ def trailing(schedule: Discrete, steps: int, *, start: float | None = None, stop
 
     Source: Lin et al. 2023 (arXiv 2305.08891), table 2.
     """
-    first, last = _ends(schedule, steps, start, stop)
-    return _on_levels(schedule, _line(first, last, steps)[:-1], (first, last))
+    first, last = _ends(_discrete(schedule), steps, start, stop)
+    return _on_levels(schedule, _level_line(first * schedule.levels, last * schedule.levels, steps)[:-1], (first, last))
 
 
 def snap(schedule: Discrete, times: Tensor) -> Tensor:
@@ -91,22 +91,19 @@ def snap(schedule: Discrete, times: Tensor) -> Tensor:
     Raises:
         ValueError: two calls fall on one level.
     """
-    times = given(schedule, times)
-    return _on_levels(schedule, times[:-1], (float(times[0]), float(times[-1])))
+    times = given(_discrete(schedule), times)
+    return _on_levels(schedule, times[:-1] * schedule.levels, (float(times[0]), float(times[-1])))
 
 
 def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray") -> Tensor:
-    """Check any list of times and return it as float64 [steps + 1].
+    """Check any list of times and return a copy of it as float64 [steps + 1].
 
     Raises:
-        TypeError: not a sequence of real numbers.
+        TypeError: not a sequence of real numbers, or in half precision and so rounded already.
         ValueError: fewer than two, not finite, not strictly decreasing, outside the schedule, or half log-SNR not
             strictly increasing.
     """
-    times = torch.as_tensor(times)
-    if times.dtype == torch.bool or times.is_complex():
-        raise TypeError(f"times has dtype {times.dtype}: expected real numbers")
-    times = times.detach().double().cpu()
+    times = numbers("times", times)
     if times.ndim != 1 or times.numel() < 2:
         raise ValueError(f"times has shape {list(times.shape)}: expected [steps + 1] with at least one step (two times)")
     if not times.isfinite().all():
@@ -142,10 +139,16 @@ def _steps(steps: int) -> int:
     return steps
 
 
+def _discrete(schedule: Discrete) -> Discrete:
+    if not isinstance(schedule, Discrete):
+        raise TypeError(f"schedule = {schedule!r} has no levels to stand on: expected a Discrete; use uniform, logsnr or karras")
+    return schedule
+
+
 def _ends(schedule: Schedule, steps: int, start: float | None, stop: float | None) -> tuple[float, float]:
     _steps(steps)
-    first = schedule.start if start is None else float(start)
-    last = schedule.stop if stop is None else float(stop)
+    first = schedule.start if start is None else number("start", start)
+    last = schedule.stop if stop is None else number("stop", stop)
     if not (math.isfinite(first) and math.isfinite(last) and 0 <= last < first):
         raise ValueError(f"start = {first:g}, stop = {last:g}: expected 0 <= stop < start; start is noise, stop is data")
     return first, last
@@ -153,6 +156,12 @@ def _ends(schedule: Schedule, steps: int, start: float | None, stop: float | Non
 
 def _line(first: float, last: float, steps: int) -> Tensor:
     return torch.linspace(first, last, steps + 1, dtype=torch.float64)
+
+
+def _level_line(first: float, last: float, steps: int) -> Tensor:
+    """As _line, but between whole numbers each point is rounded once, so that a half is a half on every machine."""
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    return (first * (steps - i) + last * i) / steps
 
 
 def _between(schedule: Schedule, times: Tensor, ends: tuple[float, float]) -> Tensor:
@@ -177,12 +186,10 @@ def _finite_half_logsnr(schedule: Schedule, ends: tuple[float, float]) -> tuple[
 
 
 def _on_levels(schedule: Discrete, calls: Tensor, ends: tuple[float, float]) -> Tensor:
-    """Snap the calls to levels k / N and put the end behind them."""
-    if not isinstance(schedule, Discrete):
-        raise TypeError(f"schedule = {schedule!r} has no levels to stand on: expected a Discrete; use uniform, logsnr or karras")
+    """Snap the calls, in units of 1 / N, to whole ones and put the end behind them."""
     if ends[0] * schedule.levels < 1:
         raise ValueError(f"start = {ends[0]:g} is below the first level 1/{schedule.levels}")
-    level = (calls * schedule.levels).round().clamp(min=1)
+    level = calls.round().clamp(min=1)
     if (level.diff() == 0).any():
         i = int((level.diff() == 0).nonzero()[0])
         raise ValueError(

@@ -1,5 +1,6 @@
 """Where randomness comes from: one stream per sample."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def per_sample(seed: int, ids: Sequence[int]) -> PerSample:
     Raises:
         ValueError: a seed or id that is not a whole number in range, or an id twice.
     """
-    return PerSample(seed, tuple(ids))
+    return PerSample(_whole("seed", seed), tuple(_whole("ids", sample) for sample in ids))
 
 
 def noised(x0: Tensor, schedule: Schedule, t: float, noise: Tensor) -> Tensor:
@@ -95,6 +96,9 @@ def as_source(noise: "Source | torch.Generator | int", batch: int) -> Source:
     return per_sample(noise, range(batch))
 
 
-def _whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"{name} = {value!r}: expected a whole number from 0 to 2^63 - 1")
+def _whole(name: str, value: int) -> int:
+    """The number as an int, numpy's included."""
+    whole = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)) else -1
+    if not 0 <= whole < 2**63:
+        raise ValueError(f"{name} = {value!r:.100}: expected a whole number from 0 to 2^63 - 1")
+    return whole

@@ -4,13 +4,14 @@ Every prediction is a fixed mixture of data and noise, m = p x_0 + q eps, and x 
 prediction follows from any other and x by solving two equations.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from solvers.schedules import Schedule
+from solvers.schedules import Schedule, number
 
 PREDICTIONS = ("noise", "data", "velocity", "score", "flow", "edm")
 
@@ -49,8 +50,8 @@ class Model:
             raise TypeError(f"label = {self.label!r} is not callable: expected a function of t, e.g. label=schedule.label")
         if self.predicts not in PREDICTIONS:
             raise ValueError(f"predicts = {self.predicts!r}: expected one of {', '.join(map(repr, PREDICTIONS))}")
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data = {self.sigma_data}: expected the data's standard deviation, above 0")
+        if not 0 < number("sigma_data", self.sigma_data) < math.inf:
+            raise ValueError(f"sigma_data = {self.sigma_data}: expected the data's standard deviation, finite and above 0")
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The net's own output at the schedule's time t [B]."""
@@ -136,11 +137,13 @@ def convert(m: Tensor, x: Tensor, alpha: float, sigma: float, *, have: str, want
         The wanted prediction, [B, ...].
 
     Raises:
-        ValueError: an unknown name, or the level does not determine the wanted prediction.
+        ValueError: an unknown name, shapes that differ, or the level does not determine the wanted prediction.
     """
     for name, value in (("have", have), ("want", want)):
         if value not in PREDICTIONS or value == "flow":
             raise ValueError(f"{name} = {value!r}: expected one of 'noise', 'data', 'velocity', 'score', 'edm'")
+    if m.shape != x.shape:
+        raise ValueError(f"m has shape {list(m.shape)}: expected that of x, {list(x.shape)}")
     level = (torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
     from_x, from_m = conversion(mixture(have, *level), mixture(want, *level), *level)
     if not (from_x.isfinite() and from_m.isfinite()):
@@ -151,7 +154,7 @@ def convert(m: Tensor, x: Tensor, alpha: float, sigma: float, *, have: str, want
 def _path_derivative(
     schedule: Schedule | None, times: Tensor, alpha: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(d alpha / dt, d sigma / dt), exactly, by differentiating the schedule."""
+    """(d alpha / dt, d sigma / dt), exactly, by differentiating the schedule, which must be that of the levels."""
     if schedule is None:
         if not torch.allclose(alpha + sigma, torch.ones_like(alpha), rtol=0, atol=1e-9):
             raise ValueError(
@@ -159,8 +162,16 @@ def _path_derivative(
                 'derivative in: Model(net, predicts="flow", schedule=schedule)'
             )
         return -torch.ones_like(alpha), torch.ones_like(sigma)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         t = times.detach().clone().requires_grad_()
-        derivatives = [torch.autograd.grad(f(t).sum(), t, allow_unused=True)[0] for f in (schedule.alpha, schedule.sigma)]
-    slopes = [torch.zeros_like(t) if d is None else d for d in derivatives]
-    return slopes[0].detach(), slopes[1].detach()
+        levels = [f(t) + 0 * t for f in (schedule.alpha, schedule.sigma)]  # + 0 t: alpha may be constant
+        slopes = [torch.autograd.grad(level.sum(), t)[0] for level in levels]
+    for name, level, expected in zip(("alpha", "sigma"), levels, (alpha, sigma), strict=True):
+        off = ~torch.isclose(level.detach(), expected, rtol=1e-9, atol=1e-9)
+        if off.any():
+            i = int(off.nonzero()[0])
+            raise ValueError(
+                f"the model's schedule has {name} = {level[i]:g} at t = {times[i]:g}, but the plan has {expected[i]:g}: give the "
+                f"schedule that the plan was built with instead of {schedule!r:.100}"
+            )
+    return slopes[0], slopes[1]

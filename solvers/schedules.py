@@ -3,10 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+MAX_LEVELS = 10**6
 
 
 class Schedule(Protocol):
@@ -36,6 +42,38 @@ class Schedule(Protocol):
         """The inverse of half_logsnr."""
 
 
+def number(name: str, value: float) -> float:
+    """A real number, and not text that reads like one."""
+    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} = {value!r:.100}: expected a real number")
+    return float(value)
+
+
+def numbers(name: str, values: "Tensor | ArrayLike") -> Tensor:
+    """Real numbers as a float64 tensor of their own on the host. Python's are never rounded to float32 on the way.
+
+    Raises:
+        TypeError: they are not real numbers, or in half precision and so rounded already.
+    """
+    if not isinstance(values, Tensor):
+        try:
+            array = np.array(values, order="C")
+        except ValueError:  # ragged
+            array = np.array(None)
+        if array.dtype.kind not in "biufc":
+            raise TypeError(f"{name} = {values!r:.100}: expected a tensor, an array or a list of real numbers")
+        values = torch.from_numpy(array)
+    if values.dtype == torch.bool or values.is_complex():
+        raise TypeError(f"{name} has dtype {values.dtype}: expected real numbers, in float64")
+    if values.is_floating_point() and values.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} has dtype {values.dtype}: expected float64 or float32; {name} must not be rounded to half precision")
+    return values.detach().to("cpu", torch.float64, copy=True)
+
+
+def _float64(half_logsnr: Tensor | float) -> Tensor:
+    return torch.as_tensor(half_logsnr, dtype=torch.float64)
+
+
 def _checked(t: Tensor | float, last: float = 1.0) -> Tensor:
     """The time as float64, inside [0, last]."""
     t = torch.as_tensor(t, dtype=torch.float64)
@@ -56,14 +94,14 @@ def _log_ratio(alpha: Tensor, sigma: Tensor) -> Tensor:
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(number(name, value)) and value > 0):
             raise ValueError(f"{name} = {value}: expected a finite number above 0")
 
 
 def _increasing(**values: float) -> None:
     (low_name, low), (high_name, high) = values.items()
-    if not low < high:
-        raise ValueError(f"{low_name} = {low} must lie below {high_name} = {high}")
+    if not -math.inf < number(low_name, low) < number(high_name, high) < math.inf:
+        raise ValueError(f"{low_name} = {low} must lie below {high_name} = {high}, both finite")
 
 
 @dataclass(frozen=True)
@@ -110,7 +148,7 @@ class VP(_LinearBeta):
 
     def time(self, half_logsnr: Tensor) -> Tensor:
         """B = log(1 + exp(-2 half_logsnr)), then t."""
-        return self._time(_softplus(-2 * half_logsnr))
+        return self._time(_softplus(-2 * _float64(half_logsnr)))
 
 
 @dataclass(frozen=True)
@@ -131,6 +169,7 @@ class SubVP(_LinearBeta):
 
     def time(self, half_logsnr: Tensor) -> Tensor:
         """alpha is the positive root of e^l alpha^2 + alpha - e^l; B = -log alpha^2 = -log(1 - alpha e^-l)."""
+        half_logsnr = _float64(half_logsnr)
         rho = torch.exp(-half_logsnr)
         alpha = 2 / (rho + torch.sqrt(rho**2 + 4))
         return self._time(torch.where(half_logsnr > 0, -torch.log1p(-alpha * rho), -2 * torch.log(alpha)))
@@ -175,6 +214,7 @@ class Cosine:
         """t from a - a_0, whose sine is sigma^2 cos^2 a_0 / sin(a + a_0)."""
         first = self._first()
         sin0, cos0 = math.sin(first), math.cos(first)
+        half_logsnr = _float64(half_logsnr)
         alpha2, sigma2 = torch.sigmoid(2 * half_logsnr), torch.sigmoid(-2 * half_logsnr)
         cos, sin = cos0 * torch.sqrt(alpha2), torch.sqrt(sigma2 + sin0**2 * alpha2)
         turn = torch.atan2(sigma2 * cos0**2 / (sin * cos0 + cos * sin0), cos * cos0 + sin * sin0)
@@ -211,7 +251,7 @@ class VE:
 
     def time(self, half_logsnr: Tensor) -> Tensor:
         """The inverse of that line."""
-        return (-half_logsnr - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
+        return (-_float64(half_logsnr) - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
 
 
 @dataclass(frozen=True)
@@ -252,7 +292,7 @@ class EDM:
 
     def time(self, half_logsnr: Tensor) -> Tensor:
         """exp(-half_logsnr)."""
-        return torch.exp(-half_logsnr)
+        return torch.exp(-_float64(half_logsnr))
 
 
 @dataclass(frozen=True)
@@ -287,7 +327,7 @@ class Flow:
 
     def time(self, half_logsnr: Tensor) -> Tensor:
         """1 / (1 + shift e^half_logsnr)."""
-        return torch.sigmoid(-half_logsnr - math.log(self.shift))
+        return torch.sigmoid(-_float64(half_logsnr) - math.log(self.shift))
 
 
 BISECTIONS = 80  # halves [0, 1] below the spacing of float64 near any t > 1e-9
@@ -310,8 +350,14 @@ class LogSNR:
 
     def __post_init__(self) -> None:
         _increasing(gamma_min=self.gamma_min, gamma_max=self.gamma_max)
+        if self.gamma is not None and not callable(self.gamma):
+            raise TypeError(f"gamma = {self.gamma!r:.100}: expected a function of t, e.g. gamma=lambda t: 18.3 * t - 13.3")
         probe = torch.linspace(0, 1, 1001, dtype=torch.float64)
-        steps = self._gamma(probe).diff()
+        values = self._gamma(probe)
+        if not isinstance(values, Tensor) or values.dtype != torch.float64 or values.shape != probe.shape:
+            kind = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"gamma gave {kind} for t float64 {list(probe.shape)}: expected float64 of the same shape")
+        steps = values.diff()
         if not (steps > 0).all():
             first = int((~(steps > 0)).nonzero()[0])
             raise ValueError(f"gamma must increase on [0, 1]: it does not between t = {probe[first]:g} and {probe[first + 1]:g}")
@@ -334,7 +380,7 @@ class LogSNR:
 
     def time(self, half_logsnr: Tensor) -> Tensor:
         """gamma^-1(-2 half_logsnr)."""
-        target = -2 * torch.as_tensor(half_logsnr, dtype=torch.float64)
+        target = -2 * _float64(half_logsnr)
         if self.gamma is None:
             return (target - self.gamma_min) / (self.gamma_max - self.gamma_min)
         low, high = torch.zeros_like(target), torch.ones_like(target)
@@ -360,7 +406,8 @@ class Discrete:
         betas: beta_n in (0, 1], [N], N >= 2; only the last may be 1. float32 or float64.
 
     Raises:
-        ValueError: betas are not finite, outside their range, fewer than two, or in half precision.
+        TypeError: betas are not real numbers, or in half precision.
+        ValueError: betas are not finite, outside their range, or fewer than two.
     """
 
     start = 1.0
@@ -388,17 +435,20 @@ class Discrete:
     @classmethod
     def linear(cls, levels: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> "Discrete":
         """Betas equally spaced. Source: Ho et al. 2020 (arXiv 2006.11239), section 4."""
-        return cls(torch.linspace(beta_min, beta_max, levels, dtype=torch.float64))
+        _positive(beta_min=beta_min, beta_max=beta_max)
+        return cls(torch.linspace(beta_min, beta_max, _count(levels), dtype=torch.float64))
 
     @classmethod
     def scaled_linear(cls, levels: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012) -> "Discrete":
         """Roots of betas equally spaced, the defaults of Stable Diffusion. Source: Rombach et al. 2022 (arXiv 2112.10752)."""
-        return cls(torch.linspace(beta_min**0.5, beta_max**0.5, levels, dtype=torch.float64) ** 2)
+        _positive(beta_min=beta_min, beta_max=beta_max)
+        return cls(torch.linspace(beta_min**0.5, beta_max**0.5, _count(levels), dtype=torch.float64) ** 2)
 
     @classmethod
     def cosine(cls, levels: int = 1000, shift: float = 0.008, beta_cap: float = 0.999) -> "Discrete":
         """beta_n = min(1 - F((n+1)/N) / F(n/N), cap), F = cos^2. Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17."""
-        t = torch.arange(levels + 1, dtype=torch.float64) / levels
+        _positive(shift=shift, beta_cap=beta_cap)
+        t = torch.arange(_count(levels) + 1, dtype=torch.float64) / levels
         f = torch.cos(math.pi / 2 * (t + shift) / (1 + shift)) ** 2
         return cls((1 - f[1:] / f[:-1]).clamp(max=beta_cap))
 
@@ -423,33 +473,40 @@ class Discrete:
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For each t its fraction within a segment, and log alpha at both ends of the segment."""
-        right = torch.searchsorted(self._t, t).clamp(1, self.levels)
+        right = torch.searchsorted(self._t, t.contiguous()).clamp(1, self.levels)
         fraction = (t * self.levels - (right - 1)).clamp(0, 1)
         return fraction, self._log_alpha[right - 1], self._log_alpha[right]
 
-    def _log_alpha_at(self, t: Tensor) -> Tensor:
+    def _factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(line, rest) of alpha = exp(line) rest; rest is 1 but into a last level of zero SNR, where it is linear."""
         fraction, left, right = self._segment(_checked(t))
         zero_snr = torch.isneginf(right)
         line = left + fraction * (torch.where(zero_snr, left, right) - left)
-        return torch.where(zero_snr, left + torch.log1p(-fraction), line)
+        return line, torch.where(zero_snr, 1 - fraction, 1.0)
 
     def alpha(self, t: Tensor) -> Tensor:
         """exp of the interpolated log alpha."""
-        return torch.exp(self._log_alpha_at(t))
+        line, rest = self._factors(t)
+        return torch.exp(line) * rest
 
     def sigma(self, t: Tensor) -> Tensor:
         """sqrt(1 - alpha^2)."""
-        return torch.sqrt(-torch.expm1(2 * self._log_alpha_at(t)))
+        return torch.sqrt(self._variance(*self._factors(t)))
 
     def half_logsnr(self, t: Tensor) -> Tensor:
         """log alpha - log(1 - alpha^2) / 2."""
-        log_alpha = self._log_alpha_at(t)
-        return log_alpha - torch.log(-torch.expm1(2 * log_alpha)) / 2
+        line, rest = self._factors(t)
+        return line + torch.log(rest) - torch.log(self._variance(line, rest)) / 2
+
+    @staticmethod
+    def _variance(line: Tensor, rest: Tensor) -> Tensor:
+        """1 - exp(2 line) rest^2 as a sum of terms that are not negative."""
+        return -torch.expm1(2 * line) + torch.exp(2 * line) * (1 - rest**2)
 
     def time(self, half_logsnr: Tensor) -> Tensor:
         """log alpha = -log(1 + exp(-2 half_logsnr)) / 2, then back through the interpolation."""
-        log_alpha = -_softplus(-2 * torch.as_tensor(half_logsnr, dtype=torch.float64)) / 2
-        right = torch.searchsorted(-self._log_alpha, -log_alpha).clamp(1, self.levels)
+        log_alpha = -_softplus(-2 * _float64(half_logsnr)) / 2
+        right = torch.searchsorted(-self._log_alpha, -log_alpha.contiguous()).clamp(1, self.levels)
         left_value, right_value = self._log_alpha[right - 1], self._log_alpha[right]
         zero_snr = torch.isneginf(right_value)
         span = torch.where(zero_snr, -1.0, right_value - left_value)
@@ -468,13 +525,18 @@ class Discrete:
         return torch.where((n - n.round()).abs() < 1e-9, n.round(), n)
 
 
+def _count(levels: int) -> int:
+    if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= MAX_LEVELS:
+        raise ValueError(f"levels = {levels!r:.100}: expected a whole number from 2 to {MAX_LEVELS}, e.g. levels=1000")
+    return levels
+
+
 def _levels(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """The values of a discrete schedule as float64 [N], refused where they cannot be right."""
-    values = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float64)
-    if values.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} has dtype {values.dtype}: expected float32 or float64; a schedule is never half precision")
+    values = numbers(name, values)
     if values.ndim != 1 or values.numel() < 2:
         raise ValueError(f"{name} has shape {list(values.shape)}: expected [N] with N >= 2")
     if not values.isfinite().all():
-        raise ValueError(f"{name} must be finite: {name}[{int((~values.isfinite()).nonzero()[0])}] is not")
-    return values.double().cpu()
+        n = int((~values.isfinite()).nonzero()[0])
+        raise ValueError(f"{name}[{n}] = {values[n]:g}: every value must be finite")
+    return values

@@ -35,14 +35,13 @@ def test_slopes_are_signed():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_uneven_steps_are_uneven_within_a_factor_2(steps):
-    fractions = uneven(steps, seed=1)
+    fractions = uneven(steps)
     ratio = fractions.diff()[1:] / fractions.diff()[:-1]
     assert fractions[0] == 0
     assert fractions[-1] == 1
     assert len(fractions) == steps + 1
     assert ((ratio >= 0.5 - 1e-12) & (ratio <= 2 + 1e-12)).all()
     assert steps < 3 or (ratio - 1).abs().max() > 0.1
-    assert not torch.equal(fractions[1:-1], uneven(steps, seed=2)[1:-1]) or steps == 1
 
 
 def test_grids_end_exactly(schedule):

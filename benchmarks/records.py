@@ -1,0 +1,72 @@
+"""Records: what a benchmark writes, one JSON object a line, and what draw.py reads."""
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def versions() -> dict[str, str]:
+    """What made a record."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "solvers": version("diffusion-solvers"),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+@dataclass(frozen=True)
+class Step:
+    """The cost of one call outside the network; the cost of the bare network loop is taken off."""
+
+    method: str
+    shape: list[int]  # of x
+    nfe: int  # calls in one run
+    seconds: float  # per call: a whole run, its set-up included, divided by nfe; median over rounds
+    best: float  # the same, minimum over rounds
+    between: float  # from one call to the next inside a run, without the set-up; median
+    rounds: int
+    seed: int
+    versions: dict[str, str] = field(default_factory=versions)
+    benchmark: str = "step"
+
+
+@dataclass(frozen=True)
+class WorkPrecision:
+    """The error that a number of calls buys, over starts drawn from the exact marginal at the schedule's start."""
+
+    method: str
+    grid: str
+    schedule: str
+    problem: str
+    calls: int  # asked for
+    nfe: int  # made: the most that the method can use of them
+    rmse: float  # over starts and dimensions, against the exact flow
+    median: float  # over starts, of one start's root mean square
+    seconds: float  # of the run, the exact model included
+    starts: int
+    seed: int
+    versions: dict[str, str] = field(default_factory=versions)
+    benchmark: str = "work_precision"
+
+
+KINDS = {"step": Step, "work_precision": WorkPrecision}
+
+
+def write(path: Path, records: Iterable[Step | WorkPrecision]) -> None:
+    """One line a record, each on disk as soon as it is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            print(json.dumps(asdict(record), allow_nan=False), file=file, flush=True)
+
+
+def read(path: Path) -> list[Step | WorkPrecision]:
+    """The records of a file; a missing or unknown field is an error."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [KINDS[row["benchmark"]](**row) for row in rows]

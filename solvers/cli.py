@@ -1,0 +1,424 @@
+"""The `solvers` command: compare, sample, order, plan."""
+
+import difflib
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from typer.core import TyperGroup
+
+import solvers as sv
+from solvers import figures
+from solvers.methods import METHODS
+from solvers.run import AnyModel
+
+T = TypeVar("T")
+Grid = Callable[..., Tensor]  # (schedule, steps) -> times
+
+SCHEDULES: dict[str, sv.Schedule] = {
+    "vp": sv.VP(),
+    "cosine": sv.Cosine(),
+    "subvp": sv.SubVP(),
+    "ve": sv.VE(),
+    "edm": sv.EDM(),
+    "flow": sv.Flow(start=0.999, stop=0.001),  # at alpha = 0 a noise prediction says nothing of the data
+    "vdm": sv.LogSNR(),
+    "ddpm": sv.Discrete.linear(),
+    "sd": sv.Discrete.scaled_linear(),
+}
+GRIDS: dict[str, Grid] = {
+    grid.__name__: grid
+    for grid in (sv.logsnr, sv.uniform, sv.quadratic, sv.karras, sv.trailing, sv.leading, sv.linspace)
+}
+FAST = "dpm_solver_fast"  # takes a budget of calls instead of times, so it stands beside the table of methods
+SOLVERS = [*METHODS, FAST]
+CERTIFIED = 1e-11  # how well the digits' exact answer is known
+PICTURED_CALLS = 10  # the picture is drawn at the number of calls nearest to this
+PICTURED_SAMPLES = 16
+COUNTS = (32, 64, 128, 256)
+TOLERANCES = {"even": 0.15, "uneven": 0.3}  # by which a measured order may fall short
+
+
+class OneLineErrors(TyperGroup):
+    """Commands that refuse in one line on stderr, with exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
+            if ctx.params["traceback"]:
+                raise
+            lines = [str(error), *getattr(error, "__notes__", [])]
+            typer.echo(f"solvers: {'; '.join(' '.join(line.split()) for line in lines)}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+
+ScheduleName = Annotated[
+    str | None,
+    typer.Option("--schedule", help=f"Noise schedule: {', '.join(SCHEDULES)}.", show_default="vp"),
+]
+GridName = Annotated[
+    str,
+    typer.Option("--grid", help=f"Where the calls stand: {', '.join(GRIDS)}. The last three need ddpm or sd."),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="Your own model: a function without arguments that returns (model, x, schedule), as sv.sample takes them; "
+        "x [B, ...] holds the starting states. Modules in the current folder are found.",
+        show_default="the digits",
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Number of samples; of your own model's x, the first ones.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Seed of the digits' starting noise.", show_default="0")
+]
+Out = Annotated[Path, typer.Option(file_okay=False, help="Folder to write into, made if it is missing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars and no notes.")]
+
+
+@app.callback()
+def root(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
+) -> None:
+    """Diffusion samplers as tables of coefficients: compare them, sample with them, measure their orders, print them.
+
+    Everything runs on the CPU within a minute, on handwritten digits whose exact noise prediction and exact answer
+    are known. Your own network takes their place with --model.
+
+    Start with:  [bold]solvers compare[/bold]
+    """
+
+
+@app.command()
+def compare(
+    solvers: Annotated[str, typer.Option(help=f"Comma-separated, or all: {', '.join(SOLVERS)}.")] = "all",
+    calls: Annotated[
+        str, typer.Option(help="Network calls, comma-separated; a solver takes as many steps as fit.")
+    ] = "6,12,24,48,96",
+    schedule: ScheduleName = None,
+    grid: GridName = "logsnr",
+    samples: Samples = 32,
+    seed: Seed = None,
+    model: ModelName = None,
+    reference_calls: Annotated[
+        int, typer.Option(min=6, help="With --model: calls of the fine run that stands for the exact answer.")
+    ] = 600,
+    out: Out = Path("results"),
+    quiet: Quiet = False,
+) -> None:
+    """Compare solvers: their error against the exact answer, at equal numbers of network calls.
+
+    All start from the same noise. Prints a table and writes errors.png (error against calls), digits.png (the samples
+    at about 10 calls under the exact ones) and records.jsonl (one record per run). The digits' exact answer is
+    certified to 1e-11; with --model a fine run stands for it, checked against one of half as many calls.
+
+    Example:  [bold]solvers compare --solvers ddim,dpm_solver_3,dpm_solver_pp_2m --calls 6,12,24 --schedule edm[/bold]
+    """
+    names = chosen("--solvers", solvers, SOLVERS)
+    budgets = numbers("--calls", calls)
+    spacing = picked("--grid", grid, GRIDS)
+    problem = load(model, schedule, samples, seed)
+    plans = {(n, budget): within(n, problem.schedule, spacing, budget) for n in names for budget in budgets}
+    out.mkdir(parents=True, exist_ok=True)
+    bars = Console(stderr=True, quiet=quiet)
+
+    with bars.status("computing the exact answer"):
+        exact, resolution = answer(problem, spacing, reference_calls)
+    setting = {"samples": len(exact), "resolution": resolution, "grid": grid, **problem.origin, **versions()}
+    records, ends = [], {}
+    for (name, budget), plan in track(plans.items(), "running the solvers", console=bars, transient=True):
+        if plan is None:
+            continue
+        began = time.perf_counter()
+        x = sv.run(plan, problem.model, problem.x)
+        seconds = time.perf_counter() - began
+        run = {"solver": name, "calls": budget, "nfe": plan.nfe, **errors(x, exact), "seconds": seconds}
+        records.append(run | setting)
+        ends[name, budget] = x
+
+    Console().print(error_table(records, names, budgets))
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    save(out / "records.jsonl", lambda file: file.write_text(lines, encoding="utf-8"))
+    save(out / "errors.png", figures.work_precision(records).savefig)
+    if figures.is_image(exact):
+        near = min(budgets, key=lambda budget: abs(budget - PICTURED_CALLS))
+        best = sorted((r for r in records if r["calls"] == near), key=lambda record: record["error"])
+        rows = {"exact": exact} | {record["solver"]: ends[record["solver"], near] for record in best}
+        picture = figures.gallery(
+            {name: x[:PICTURED_SAMPLES] for name, x in rows.items()},
+            f"The same noise, {near} network calls",
+            ["error", *(f"{record['error']:.3f}" for record in best)],
+        )
+        save(out / "digits.png", picture.savefig)
+    bars.print(f"Written to {out}{os.sep}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+@app.command()
+def sample(
+    solver: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "dpm_solver_pp_2m",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the grid.")] = 20,
+    schedule: ScheduleName = None,
+    grid: GridName = "logsnr",
+    samples: Samples = 64,
+    seed: Seed = None,
+    model: ModelName = None,
+    out: Out = Path("results"),
+    quiet: Quiet = False,
+) -> None:
+    """Draw samples with one solver, from noise to data.
+
+    Writes samples.npy (the array [B, ...]) and, if the samples are grey or RGB images in [-1, 1], samples.png.
+
+    Example:  [bold]solvers sample --solver dpm_solver_3 --steps 8 --seed 1[/bold]
+    """
+    method = picked("--solver", solver, METHODS)
+    spacing = picked("--grid", grid, GRIDS)
+    problem = load(model, schedule, samples, seed)
+    plan = method.build(problem.schedule, spacing(problem.schedule, steps))
+    out.mkdir(parents=True, exist_ok=True)
+    x = sv.run(plan, problem.model, problem.x, progress=not quiet).cpu()
+    save(out / "samples.npy", lambda file: np.save(file, x.numpy()))
+    if figures.is_image(x):
+        save(out / "samples.png", figures.sheet(x[:100], f"{solver}, {plan.nfe} network calls").savefig)
+
+
+@app.command()
+def order(
+    method: Annotated[str, typer.Option(help=f"Comma-separated, or all: {', '.join(METHODS)}.")] = "all",
+    quiet: Quiet = False,
+) -> None:
+    """Measure the order of every method, and hold it against the declared one.
+
+    The error against the exact flow of a mixture of three Gaussians on a line, half log-SNR from -1 to 3, 256 points,
+    is measured at 32, 64, 128 and 256 steps, equal and random ones; the order is the last slope. Exit code 1 if one
+    falls short by more than 0.15 (even steps) or 0.3 (uneven).
+
+    Example:  [bold]solvers order --method dpm_solver_pp_2m,dpm_solver_pp_3m[/bold]
+    """
+    from reference import Mixture, even, slopes, trajectory_errors, uneven
+
+    names = chosen("--method", method, METHODS)
+    schedule = sv.VP()
+    start, stop = schedule.time(torch.tensor([-1.0, 3.0], dtype=torch.float64)).tolist()
+    data = Mixture([0.3, 0.45, 0.25], [[-1.2], [0.3], [1.5]], [[[0.25**2]], [[0.4**2]], [[0.3**2]]])
+    draws = torch.Generator().manual_seed(0)
+    x0, noise = data.draw(256, draws), torch.randn(256, 1, dtype=torch.float64, generator=draws)
+    x = sv.noised(x0, schedule, start, noise)
+
+    table = Table("method", box=box.SIMPLE_HEAD)
+    for head in ("calls per step", "declared order", "even steps", "uneven steps"):
+        table.add_column(head, justify="right")
+    short = []
+    for name in track(names, "measuring", console=Console(stderr=True, quiet=quiet), transient=True):
+        promise, cells = METHODS[name], []
+        for spacing in (even, uneven):
+            measured = trajectory_errors(promise.build, sv.run, data, schedule, x, start, stop, COUNTS, spacing)
+            slope = slopes(measured)[-1].item()
+            kept = slope >= promise.order - TOLERANCES[spacing.__name__]
+            cells.append(f"{slope:.2f}" if kept else f"[bold red]{slope:.2f}[/]")
+            short += [] if kept else [f"{name} ({spacing.__name__})"]
+        table.add_row(name, str(promise.calls_per_step), str(promise.order), *cells)
+    Console().print(table)
+    if short:
+        raise ValueError(f"the measured order falls short of the declared one: {', '.join(short)}")
+
+
+@app.command()
+def plan(
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "dpm_solver_pp_2m",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the grid.")] = 10,
+    schedule: ScheduleName = None,
+    grid: GridName = "logsnr",
+    file: Annotated[
+        Path | None, typer.Option("--save", dir_okay=False, help="Also write the plan, as JSON, to this file.")
+    ] = None,
+) -> None:
+    """Print a sampler as what it is: a table, one row per network call.
+
+    Each row gives the time and half log-SNR of the call, and the weights of x and of the calls' outputs (the newest
+    first) in the x that follows. A saved plan is read back by Plan.load.
+
+    Example:  [bold]solvers plan --method dpm_solver_pp_3m --steps 5 --save plan.json[/bold]
+    """
+    build = picked("--method", method, METHODS).build
+    noise = picked("--schedule", schedule or "vp", SCHEDULES)
+    table = build(noise, picked("--grid", grid, GRIDS)(noise, steps))
+    if file:
+        table.save(file)
+    typer.echo(str(table))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is sampled.
+
+    Attributes:
+        model: as for `sv.run`.
+        x: [B, ...], states at the start of the grid.
+        schedule: noise schedule.
+        flow: (x, schedule, s, t) -> the exact answer, if it is known.
+        origin: where it all comes from, for the records.
+    """
+
+    model: AnyModel
+    x: Tensor
+    schedule: sv.Schedule
+    flow: Callable[..., Tensor] | None
+    origin: dict[str, Any]
+
+
+def load(model: str | None, schedule: str | None, samples: int, seed: int | None) -> Problem:
+    """The digits under a schedule, or what the user's module:function returns."""
+    if model is None:
+        from reference import digits
+
+        noise = picked("--schedule", schedule or "vp", SCHEDULES)
+        unit = sv.noise.per_sample(seed or 0, range(samples)).initial(*digits().shape, dtype=torch.float64)
+        x = noise.sigma(torch.tensor(noise.start, dtype=torch.float64)) * unit
+        origin = {"model": "digits", "schedule": schedule or "vp", "seed": seed or 0}
+        return Problem(digits().model(noise), x, noise, digits().flow, origin)
+
+    if schedule is not None or seed is not None:
+        refuse("--model", "it brings its own schedule and noise; leave out --schedule and --seed")
+    module, _, name = model.partition(":")
+    sys.path.insert(0, "")  # the current folder, as `python -m` does
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        refuse("--model", f"{model!r} was not found, {error}; expected module:function, e.g. my_model:load")
+    made = function()
+    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[1], Tensor)):
+        kinds = ", ".join(type(v).__name__ for v in made) if isinstance(made, tuple) else type(made).__name__
+        raise ValueError(f"{model} returned ({kinds}): expected (model, x, schedule), as sv.sample takes them")
+    net, x, noise = made
+    return Problem(net, x[:samples], noise, None, {"model": model, "schedule": repr(noise), "seed": None})
+
+
+def within(name: str, schedule: sv.Schedule, grid: Grid, calls: int) -> sv.Plan | None:
+    """The plan of most steps that makes at most so many calls; None where one step makes more."""
+    try:
+        if name == FAST:
+            start, stop = grid(schedule, 1)[[0, -1]].tolist()
+            return sv.dpm_solver_fast(schedule, calls, start=start, stop=stop)
+        method = METHODS[name]
+        for steps in range(calls // method.calls_per_step, 0, -1):
+            plan = method.build(schedule, grid(schedule, steps))
+            if plan.nfe <= calls:
+                return plan
+    except ValueError as error:
+        error.add_note(f"building {name} for {calls} calls; choose other --solvers or another --grid")
+        raise
+    return None
+
+
+def answer(problem: Problem, grid: Grid, calls: int) -> tuple[Tensor, float]:
+    """The states [B, ...] at the end of the grid that runs are held against, and how well they are known.
+
+    Without a known flow: a singlestep run of order 3, and its distance to one of half as many calls.
+    """
+    if problem.flow:
+        start, stop = grid(problem.schedule, 1)[[0, -1]].tolist()
+        return problem.flow(problem.x, problem.schedule, start, stop), CERTIFIED
+    plans = (within("dpm_solver_pp_3s", problem.schedule, grid, n) for n in (calls // 2, calls))
+    coarse, fine = (sv.run(plan, problem.model, problem.x) for plan in plans if plan)
+    return fine, errors(coarse, fine)["error"]
+
+
+def errors(x: Tensor, exact: Tensor) -> dict[str, float]:
+    """The root-mean-square error over all elements, and the median over the samples of theirs."""
+    squares = (x - exact).double().flatten(1).square().mean(1)
+    return {"error": squares.mean().sqrt().item(), "median_error": squares.sqrt().median().item()}
+
+
+def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list[int]) -> Table:
+    """Rows are solvers, columns numbers of calls; the best of each column is bold."""
+    runs = {(record["solver"], record["calls"]): record for record in records}
+    best = {b: min((r["error"] for r in records if r["calls"] == b), default=0.0) for b in budgets}
+
+    def cell(record: dict[str, Any] | None) -> str:
+        if record is None:
+            return "-"
+        text = f"{record['error']:.1e}" if record["error"] > record["resolution"] else f"<{record['resolution']:.0e}"
+        text = f"[bold]{text}[/]" if record["error"] == best[record["calls"]] else text
+        return text if record["nfe"] == record["calls"] else f"{text} [dim]({record['nfe']})[/]"
+
+    table = Table("calls", box=box.SIMPLE_HEAD)
+    for budget in budgets:
+        table.add_column(str(budget), justify="right", no_wrap=True)
+    for solver in solvers:
+        table.add_row(solver, *(cell(runs.get((solver, budget))) for budget in budgets))
+    table.caption = (
+        f"Root-mean-square error against the exact answer (known to {records[0]['resolution']:.0e}), "
+        f"{records[0]['samples']} samples. Bold: best of the column. (n): calls made, where fewer fit."
+    )
+    return table
+
+
+def versions() -> dict[str, str]:
+    """Of what a measurement depends on."""
+    return {
+        "solvers": version("diffusion-solvers"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def save(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is whole or not there at all."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def refuse(option: str, message: str) -> NoReturn:
+    """Wrong usage of an option, exit code 2."""
+    raise typer.BadParameter(message, param_hint=option)
+
+
+def picked(option: str, name: str, known: Mapping[str, T]) -> T:
+    """What a name stands for."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        refuse(option, f"{name!r} is unknown; {hint}Expected one of {', '.join(known)}")
+    return known[name]
+
+
+def chosen(option: str, names: str, known: Iterable[str]) -> list[str]:
+    """The names of a comma-separated list, or all, each once."""
+    table = {name: name for name in known}
+    listed = table if names == "all" else [name.strip() for name in names.split(",")]
+    return list(dict.fromkeys(picked(option, name, table) for name in listed))
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The whole numbers of a comma-separated list, ascending, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        refuse(option, f"{text!r}: expected whole numbers above 0, e.g. 6,12,24")
+    return sorted({int(part) for part in parts})

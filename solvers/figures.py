@@ -1,0 +1,115 @@
+"""Figures of the `solvers` command: error against calls, and rows of images. They read records; they measure nothing."""
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d31", "#444444")
+MARKERS = "os^Dv"
+GAP = 0.035  # between labels, as a share of the axis
+
+
+def work_precision(records: Sequence[Mapping[str, Any]], y: str = "error") -> Figure:
+    """Error against calls, log-log, one line per solver, each named at its right end.
+
+    Args:
+        records: one per run, with "solver", "calls", "nfe" and `y`.
+        y: the key of the error.
+    """
+    figure = Figure(figsize=(9, 6), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    ends = {}
+    for i, solver in enumerate(dict.fromkeys(record["solver"] for record in records)):
+        points = sorted((r["nfe"], r[y]) for r in records if r["solver"] == solver and r[y] > 0)
+        if not points:
+            continue
+        color = COLORS[i % len(COLORS)]
+        axes.plot(*zip(*points, strict=True), color=color, marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.3)
+        ends[solver] = (*points[-1], color)
+    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="root-mean-square error")
+    calls = sorted({record["nfe"] for record in records})
+    asked = sorted({record["calls"] for record in records})
+    axes.set_xticks(asked, labels=map(str, asked))
+    axes.minorticks_off()
+    axes.set_xlim(calls[0] / 1.15, calls[-1] * 1.08)
+    axes.set_title("Error against the exact answer", loc="left", fontsize=11)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _name_ends(axes, ends)
+    return figure
+
+
+def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
+    """Write each line's name to the right of the axes, at its end's height or as near as the other names allow."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = {name: to_axes.transform(end[:2]) for name, end in ends.items()}
+    names = sorted(places, key=lambda name: places[name][1])
+    heights = _spread([places[name][1] for name in names], GAP)
+    for name, height in zip(names, heights, strict=True):
+        color = ends[name][2]
+        axes.annotate(
+            name, places[name], (1.05, height), "axes fraction", "axes fraction", color=color, fontsize=9, va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3},
+        )  # fmt: skip
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Increasing heights moved as little as makes neighbours `gap` apart: runs that touch share their mean place."""
+    runs: list[list[float]] = []  # the heights of labels that touch, each less its rank's share of the gap
+    for rank, height in enumerate(heights):
+        runs.append([height - rank * gap])
+        while len(runs) > 1 and _mean(runs[-2]) > _mean(runs[-1]):
+            runs[-2:] = [runs[-2] + runs[-1]]
+    places = [_mean(run) for run in runs for _ in run]
+    return [place + rank * gap for rank, place in enumerate(places)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def is_image(x: Tensor) -> bool:
+    """Whether x [B, C, H, W] can be drawn: grey or RGB."""
+    return x.ndim == 4 and x.shape[1] in (1, 3)
+
+
+def gallery(rows: Mapping[str, Tensor], title: str, notes: Sequence[str] = ()) -> Figure:
+    """Rows of images, each row named at its left, with a note at its right.
+
+    Args:
+        rows: images in [-1, 1] by name, [n, C, H, W]; C = 1 is drawn as ink on paper, C = 3 is RGB.
+        title: of the figure.
+        notes: one per row, or none.
+    """
+    images = torch.stack(list(rows.values())).double().cpu().clamp(-1, 1)
+    count, columns, channels, height, width = images.shape
+    images = (1 - images if channels == 1 else 1 + images) / 2
+    gap = max(1, width // 12)
+    tiles = torch.nn.functional.pad(images, (0, gap, 0, gap), value=0.82)
+    picture = tiles.permute(0, 3, 1, 4, 2).reshape(count * (height + gap), columns * (width + gap), channels)
+    tall = 0.62 * height / width
+    figure = Figure(figsize=(0.62 * columns + 3.2, tall * count + 0.5), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    axes.imshow(picture[:-gap, :-gap].expand(-1, -1, 3).numpy(), interpolation="nearest")
+    middles = [row * (height + gap) + height / 2 - 0.5 for row in range(count)]
+    axes.set_yticks(middles, labels=list(rows))
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=11)
+    for middle, note in zip(middles, notes, strict=False):
+        axes.annotate(note, (1.01, middle), xycoords=("axes fraction", "data"), va="center", color="0.35")
+    return figure
+
+
+def sheet(x: Tensor, title: str) -> Figure:
+    """Images [B, C, H, W] in a square, as `gallery` draws them; the places left over stay empty."""
+    columns = ceil(len(x) ** 0.5)
+    empty = -torch.ones_like(x[:1]) if x.shape[1] == 1 else torch.ones_like(x[:1])
+    full = torch.cat([x, *[empty] * (-len(x) % columns)])
+    return gallery({" " * i: row for i, row in enumerate(full.split(columns))}, title)

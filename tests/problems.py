@@ -1,0 +1,46 @@
+"""The closed-form problems that the order tests run on."""
+
+import functools
+
+import torch
+
+import solvers as sv
+from reference import Mixture
+
+VP = sv.VP()
+NARROW = tuple(VP.time(torch.tensor([-1.0, 3.0], dtype=torch.float64)).tolist())  # half log-SNR -1 to 3
+FULL = (VP.start, VP.stop)  # half log-SNR -5.0 to 4.6
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def line():
+    """Three components in one dimension; the exact flow matches CDFs."""
+    means, deviations = torch.tensor([-1.2, 0.3, 1.5]), torch.tensor([0.25, 0.4, 0.3], dtype=torch.float64)
+    return Mixture(torch.tensor([0.3, 0.45, 0.25]), means[:, None], deviations[:, None, None] ** 2)
+
+
+def eight():
+    """Three components with full covariances in eight dimensions."""
+    root = torch.randn(3, 8, 8, dtype=torch.float64, generator=generator(1)) / 8**0.5
+    covs = 0.3 * root @ root.mT + 0.2 * torch.eye(8, dtype=torch.float64)
+    return Mixture(torch.tensor([0.3, 0.45, 0.25]), 0.7 * torch.randn(3, 8, generator=generator(2)), covs)
+
+
+PROBLEMS = {"line": line(), "eight": eight()}
+
+
+@functools.cache
+def starts(problem, span, n=256):
+    """Exact states at the first time of a span: alpha x_0 + sigma eps, [n, d] float64."""
+    data = PROBLEMS[problem]
+    noise = torch.randn(n, *data.shape, dtype=torch.float64, generator=generator(3))
+    return sv.noised(data.draw(n, generator(4)), VP, span[0], noise)
+
+
+@functools.cache
+def exact(problem, span):
+    """Where the exact flow carries `starts`."""
+    return PROBLEMS[problem].flow(starts(problem, span), VP, *span)

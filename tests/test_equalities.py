@@ -1,0 +1,180 @@
+"""Samplers that are one sampler under two names, and models that any consistent sampler solves exactly."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import solvers as sv
+from problems import PROBLEMS, VP, generator
+from reference import Gaussian, kl, law, wasserstein2
+from solvers.methods import METHODS
+
+TIMES = sv.logsnr(VP, 7)
+UNEVEN = torch.tensor([1.0, 0.9, 0.55, 0.3, 0.21, 0.05, 0.001], dtype=torch.float64)
+DATA = Gaussian(torch.tensor([0.5, -1.0, 0.2]), torch.diag(torch.tensor([0.05, 0.3, 2.0])))
+
+
+def end(plan, predicts="noise", data=PROBLEMS["eight"]):
+    """The plan run with the exact model of the mixture, declared as one prediction or another."""
+    model = sv.Model(data.model(VP, predicts), predicts=predicts, schedule=VP)
+    return sv.run(plan, model, torch.randn(5, 8, dtype=torch.float64, generator=generator()))
+
+
+@pytest.mark.parametrize("times", [TIMES, UNEVEN], ids=["logsnr", "uneven"])
+def test_ddim_is_dpm_solver_1_and_first_order_dpm_solver_pp(times):
+    ddim = sv.ddim(VP, times)
+    assert ddim.allclose(sv.dpm_solver_pp(VP, times, 1))
+    assert ddim.allclose(sv.dpm_solver_pp(VP, times, 1, kind="singlestep"))
+    assert ddim.allclose(sv.exponential_adams(VP, times, 1, "data"))
+    noise_form = [sv.dpm_solver(VP, times, 1), sv.dpm_solver_multistep(VP, times, 1)]
+    for plan in noise_form:
+        assert_close(end(plan), end(ddim), rtol=1e-12, atol=1e-12)
+        assert kl(law(plan, DATA), law(ddim, DATA)) < 1e-20
+        assert wasserstein2(law(plan, DATA), law(ddim, DATA)) < 1e-12
+    assert noise_form[0] == noise_form[1]
+
+
+@pytest.mark.parametrize("times", [TIMES, UNEVEN], ids=["logsnr", "uneven"])
+def test_ddim_as_printed_in_its_paper_is_the_table(times):
+    """x_t = alpha_t x_0 + sigma_t eps, with x_0 = (x_s - sigma_s eps) / alpha_s."""
+    alpha, sigma = VP.alpha(times), VP.sigma(times)
+    x = torch.randn(5, 8, dtype=torch.float64, generator=generator())
+    model = PROBLEMS["eight"].model(VP)
+    for i in range(len(times) - 1):
+        eps = model(x, times[i].expand(5))
+        x = alpha[i + 1] * (x - sigma[i] * eps) / alpha[i] + sigma[i + 1] * eps
+    assert_close(end(sv.ddim(VP, times)), x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("times", [TIMES, UNEVEN], ids=["logsnr", "uneven"])
+def test_unip_2_bh2_is_dpm_solver_pp_2m(times):
+    """UniP-2 of Zhao et al. 2023 (arXiv 2302.04867), with B(h) = e^h - 1 and rho_1 = 1/2, as a loop."""
+    alpha, sigma, lam = VP.alpha(times), VP.sigma(times), VP.half_logsnr(times)
+    x = torch.randn(5, 8, dtype=torch.float64, generator=generator())
+    model = PROBLEMS["eight"].model(VP, "data")
+    outputs = []
+    for i in range(len(times) - 1):
+        outputs.append(model(x, times[i].expand(5)))
+        h = lam[i + 1] - lam[i]
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h) * outputs[i]
+        if i:
+            r = (lam[i - 1] - lam[i]) / h
+            x = x - alpha[i + 1] * torch.expm1(-h) * 0.5 * (outputs[i - 1] - outputs[i]) / r
+    assert_close(end(sv.dpm_solver_pp(VP, times, 2)), x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_dpm_solver_multistep_and_adams_agree_but_for_the_second_order_weight(order):
+    papers = sv.dpm_solver_multistep(VP, TIMES, order)
+    exact = sv.exponential_adams(VP, TIMES, order, "noise")
+    first_third_order_row = 2
+    assert papers.allclose(exact) == (order == 1)
+    if order == 3:
+        assert_close(papers.b[first_third_order_row:], exact.b[first_third_order_row:], rtol=1e-12, atol=1e-12)
+
+
+def test_third_order_multistep_is_the_released_formula_with_its_second_difference_doubled():
+    """Noise form, nodes lam_0, lam_-1, lam_-2; D2 = 2 (d0 - d1) / (r0 + r1), where released code leaves out the 2."""
+    lam, sigma = VP.half_logsnr(UNEVEN), VP.sigma(UNEVEN)
+    plan = sv.dpm_solver_multistep(VP, UNEVEN, 3)
+    for i in range(2, plan.nfe):
+        h = lam[i + 1] - lam[i]
+        r0, r1 = (lam[i] - lam[i - 1]) / h, (lam[i - 1] - lam[i - 2]) / h
+        e1 = torch.expm1(h)
+        e2 = e1 / h - 1
+        e3 = e2 / h - 0.5
+        d0, d1 = torch.tensor([1, -1, 0]) / r0, torch.tensor([0, 1, -1]) / r1
+        slope = d0 + r0 / (r0 + r1) * (d0 - d1)
+        curvature = (d0 - d1) / (r0 + r1)
+        right = -sigma[i + 1] * (e1 * torch.tensor([1, 0, 0]) + e2 * slope + e3 * 2 * curvature)
+        released = -sigma[i + 1] * (e1 * torch.tensor([1, 0, 0]) + e2 * slope + e3 * curvature)
+        assert_close(plan.b[i], right, rtol=1e-11, atol=1e-13)
+        assert not torch.allclose(plan.b[i], released, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("constant", ["noise", "data"])
+def test_constant_predictions_are_solved_exactly(name, constant):
+    """x_t = alpha x_0 + sigma eps with x_0 and eps that do not change is the exact solution of both constant models."""
+    plan = METHODS[name].build(VP, TIMES)
+    x0, eps = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator())
+    output = {"noise": eps, "data": x0}[constant]
+    x = plan.alpha[0] * x0 + plan.sigma[0] * eps
+    got = sv.run(plan, sv.Model(lambda x, t: output, predicts=constant), x)
+    assert_close(got, plan.alpha[-1] * x0 + plan.sigma[-1] * eps, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("predicts", ["data", "velocity", "score", "flow", "edm"])
+def test_every_parameterisation_of_a_model_gives_the_same_samples(name, predicts):
+    plan = METHODS[name].build(VP, TIMES)
+    assert_close(end(plan, predicts), end(plan), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("other", [sv.EDM(), sv.Flow(), sv.Flow(shift=3.0), sv.Cosine(), sv.SubVP(), sv.LogSNR()], ids=str)
+def test_schedules_agree_at_equal_log_snr(name, other):
+    """x / alpha at given half log-SNR does not depend on the schedule that carries it there."""
+    lam = torch.tensor([-2.4, -1.8, -0.9, 0.1, 0.7, 1.9, 2.4], dtype=torch.float64)
+    data = PROBLEMS["eight"]
+    y = torch.randn(5, 8, dtype=torch.float64, generator=generator()) * 11
+    ends = []
+    for schedule in (VP, other):
+        plan = METHODS[name].build(schedule, schedule.time(lam))
+        ends.append(sv.run(plan, data.model(schedule), plan.alpha[0] * y) / plan.alpha[-1])
+    assert_close(ends[1], ends[0], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rotated_data_give_rotated_samples(name):
+    plan = METHODS[name].build(VP, TIMES)
+    data = PROBLEMS["eight"]
+    rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator(5))).Q
+    rotated = type(data)(data.weights, data.means @ rotation.T, rotation @ data.covs @ rotation.T)
+    x = torch.randn(5, 8, dtype=torch.float64, generator=generator())
+    turned_after = sv.run(plan, data.model(VP), x) @ rotation.T
+    assert_close(sv.run(plan, rotated.model(VP), x @ rotation.T), turned_after, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 7.0, 1e3])
+@pytest.mark.parametrize("name", METHODS)
+def test_scaled_data_and_noise_give_scaled_samples(name, scale):
+    lam = torch.linspace(-2.0, 2.0, 8, dtype=torch.float64)
+    data = PROBLEMS["eight"]
+    large = type(data)(data.weights, data.means * scale, data.covs * scale**2)
+    x = 8 * torch.randn(5, 8, dtype=torch.float64, generator=generator())
+    schedule = sv.EDM()
+    build = METHODS[name].build
+    plain = sv.run(build(schedule, schedule.time(lam)), data.model(schedule), x)
+    scaled = sv.run(build(schedule, scale * schedule.time(lam)), large.model(schedule), scale * x)
+    assert_close(scaled / scale, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_law_is_what_a_hundred_thousand_runs_show(name):
+    """Mean and covariance within 4.5 standard errors; three percent of variance would show."""
+    plan = METHODS[name].build(VP, TIMES)
+    n = 100_000
+    start = DATA.marginal(plan.alpha[0].item(), plan.sigma[0].item())
+    x = start.draw(n, generator(6))
+    x = sv.run(plan, DATA.model(VP), x)
+    predicted = law(plan, DATA)
+    z_mean = (x.mean(0) - predicted.mean) / (predicted.cov.diagonal() / n).sqrt()
+    variance = predicted.cov.diagonal()
+    spread = (variance[:, None] * variance + predicted.cov**2).sqrt() / n**0.5
+    z_cov = (x.T.cov() - predicted.cov) / spread
+    assert z_mean.abs().max() < 4.5
+    assert z_cov.abs().max() < 4.5
+    assert (0.03 * variance / spread.diagonal() > 4.5).all()  # power: three percent of variance is seen
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_law_tends_to_the_exact_marginal(name):
+    order = METHODS[name].order
+    distances = []
+    for steps in (64, 128, 256):
+        plan = METHODS[name].build(VP, sv.logsnr(VP, steps))
+        exact = DATA.marginal(plan.alpha[-1].item(), plan.sigma[-1].item())
+        distances.append(wasserstein2(law(plan, DATA), exact))
+    assert distances[0] > distances[1] > distances[2]
+    assert distances[2] < 1.3 * distances[1] / 2**order

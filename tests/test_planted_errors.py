@@ -1,0 +1,120 @@
+"""The checks have power: every planted error in a table is caught by at least one of them."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import solvers as sv
+from problems import NARROW, PROBLEMS, VP, exact, starts
+from reference import row_order, slopes, uneven
+from reference.orders import grid
+from solvers.methods import METHODS
+from solvers.methods.multistep import _fitted
+
+SHAPE = [1.0, 2.0, 1.5, 0.8, 1.6]
+SMALL = {1: 0.001, 2: 0.001, 3: 0.01, 4: 0.02}  # step at which a defect of that order is small but not yet rounding
+MULTISTEP = ["dpm_solver_multistep_2", "dpm_solver_multistep_3", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "adams_data_4"]
+
+
+def order_along_trajectories(build):
+    """The slope on an uneven grid, as in test_orders."""
+    errors = [
+        (sv.run(build(VP, grid(VP, *NARROW, uneven(n))), PROBLEMS["line"].model(VP), starts("line", NARROW))
+         - exact("line", NARROW)).square().mean().sqrt()
+        for n in (128, 256)
+    ]  # fmt: skip
+    return slopes(errors).item()
+
+
+def caught(plant, order):
+    """Whether the table is refused when it is made, or its order falls short in a row or along trajectories."""
+    try:
+        if row_order(plant, VP, 0.5, SHAPE, SMALL[order], degree=order) < order - 0.15:
+            return True
+        return order_along_trajectories(plant) < order - 0.15
+    except ValueError as error:
+        return "not consistent" in str(error)
+
+
+def planted(name, damage):
+    """The method with its table damaged after it was made."""
+
+    def build(schedule, times):
+        plan = METHODS[name].build(schedule, times)
+        a, b = plan.a.clone(), plan.b.clone()
+        damage(a, b)
+        return dataclasses.replace(plan, a=a, b=b)
+
+    return build
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_checks_pass_an_undamaged_table(name):
+    if not name.endswith("_ramp"):
+        assert not caught(METHODS[name].build, METHODS[name].order)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_coefficient_off_by_a_thousandth_is_refused(name):
+    plan = METHODS[name].build(VP, sv.logsnr(VP, 5))
+    weights = [("a", (i,)) for i in range(plan.nfe)] + [("b", tuple(i)) for i in plan.b.nonzero().tolist()]
+    for field, index in weights:
+        damaged = getattr(plan, field).clone()
+        damaged[index] *= 1.001
+        with pytest.raises(ValueError, match=f"row {index[0]} is not consistent"):
+            dataclasses.replace(plan, **{field: damaged})
+
+
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_two_swapped_history_columns_are_caught(name):
+    def swap(a, b):
+        b[-1, [0, 1]] = b[-1, [1, 0]]
+
+    assert caught(planted(name, swap), METHODS[name].order)
+
+
+@pytest.mark.parametrize("name", [name for name in MULTISTEP if METHODS[name].order > 2])
+def test_swapped_older_columns_are_caught(name):
+    def swap(a, b):
+        b[-1, [1, 2]] = b[-1, [2, 1]]
+
+    assert caught(planted(name, swap), METHODS[name].order)
+
+
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_history_off_by_a_thousandth_is_caught_even_where_the_row_stays_consistent(name):
+    def shift(a, b):
+        b[:, 0] -= 0.001 * b[:, 1]
+        b[:, 1] *= 1.001
+
+    assert caught(planted(name, shift), METHODS[name].order)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_previous_step_in_place_of_the_present_one_is_caught(order, monkeypatch):
+    """h_{-1} for h in the weights of the history, as in k-diffusion issue 56."""
+    import solvers.methods.multistep as multistep
+
+    def previous_h(offsets, h, rate):
+        return _fitted(offsets, -offsets[:, 0], rate)
+
+    assert not caught(lambda s, t: sv.exponential_adams(s, t, order, "data", start="singlestep"), order)
+    monkeypatch.setattr(multistep, "_fitted", previous_h)
+    assert caught(lambda s, t: sv.exponential_adams(s, t, order, "data", start="singlestep"), order)
+
+
+@pytest.mark.parametrize("name", ["dpm_solver_2", "dpm_solver_3", "dpm_solver_pp_2s", "dpm_solver_pp_3s"])
+def test_a_stage_weight_off_by_a_hundredth_is_caught_even_where_the_row_stays_consistent(name):
+    def shift(a, b):
+        last = METHODS[name].calls_per_step - 1
+        b[last :: last + 1, 1] += 0.01 * b[last :: last + 1, 0]
+        b[last :: last + 1, 0] *= 0.99
+
+    def build(schedule, times):
+        plan = planted(name, lambda a, b: None)(schedule, times)
+        b = plan.b.clone()
+        shift(plan.a, b)
+        return dataclasses.replace(plan, b=b)
+
+    assert caught(build, METHODS[name].order)
