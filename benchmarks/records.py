@@ -41,6 +41,7 @@ class WorkPrecision:
     """The error that a number of calls buys, over starts drawn from the exact marginal at the schedule's start."""
 
     method: str
+    order: int  # that the method declares
     grid: str
     schedule: str
     problem: str

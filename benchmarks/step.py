@@ -20,7 +20,7 @@ from torch import Tensor
 import solvers as sv
 
 # calls: enough for the set-up of a run to weigh little; rounds: enough for a quiet moment on a shared machine
-CASES = {(1, 4, 64, 64): (50, 200), (16, 4, 64, 64): (50, 100), (64, 3, 256, 256): (10, 15)}
+CASES = {(1, 4, 64, 64): (50, 100), (16, 4, 64, 64): (50, 40), (64, 3, 256, 256): (10, 8)}
 METHODS = {
     "dpm_solver_pp 2": sv.dpm_solver_pp,
     "ddim": sv.ddim,
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/step.jsonl"))
     parser.add_argument("--shape", action="append", help="e.g. 1x4x64x64; may be repeated; default: three sizes")
     parser.add_argument("--calls", type=int, help="calls in a run; default: 50, or 10 for the largest")
-    parser.add_argument("--rounds", type=int, help="runs of each; default: 200, 100, 15")
+    parser.add_argument("--rounds", type=int, help="runs of each; default: 100, 40, 8")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     shapes = [tuple(map(int, text.split("x"))) for text in given.shape] if given.shape else list(CASES)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -30,6 +31,7 @@ from solvers.run import AnyModel
 
 T = TypeVar("T")
 Grid = Callable[..., Tensor]  # (schedule, steps) -> times
+Files = dict[str, Callable[[Path], object]]  # by name, what fills it
 
 SCHEDULES: dict[str, sv.Schedule] = {
     "vp": sv.VP(),
@@ -48,9 +50,14 @@ GRIDS: dict[str, Grid] = {
 }
 FAST = "dpm_solver_fast"  # takes a budget of calls instead of times, so it stands beside the table of methods
 SOLVERS = [*METHODS, FAST]
+COMPARED = (
+    "ddim,dpm_solver_2,dpm_solver_3,dpm_solver_fast,dpm_solver_multistep_3,dpm_solver_pp_2s,dpm_solver_pp_2m,"
+    "dpm_solver_pp_3m,adams_noise_4,adams_data_4"
+)
+MEASURES = {"median": "error of the median sample", "rms": "root-mean-square error over all samples"}
 CERTIFIED = 1e-11  # how well the digits' exact answer is known
 PICTURED_CALLS = 10  # the picture is drawn at the number of calls nearest to this
-PICTURED_SAMPLES = 16
+PICTURED_SAMPLES, PICTURED_SHEET = 16, 100
 COUNTS = (32, 64, 128, 256)
 TOLERANCES = {"even": 0.15, "uneven": 0.3}  # by which a measured order may fall short
 
@@ -62,7 +69,9 @@ class OneLineErrors(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError, OSError) as error:
             if ctx.params["traceback"]:
                 raise
             lines = [str(error), *getattr(error, "__notes__", [])]
@@ -70,7 +79,7 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 ScheduleName = Annotated[
     str | None,
@@ -78,7 +87,9 @@ ScheduleName = Annotated[
 ]
 GridName = Annotated[
     str,
-    typer.Option("--grid", help=f"Where the calls stand: {', '.join(GRIDS)}. The last three need ddpm or sd."),
+    typer.Option(
+        "--grid", help=f"Where the calls stand: {', '.join(GRIDS)}. The last three need ddpm or sd."
+    ),
 ]
 ModelName = Annotated[
     str | None,
@@ -90,7 +101,9 @@ ModelName = Annotated[
         show_default="the digits",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Number of samples; of your own model's x, the first ones.")]
+Samples = Annotated[
+    int, typer.Option(min=1, help="Number of samples; of your own model's x, the first ones.")
+]
 Seed = Annotated[
     int | None, typer.Option(min=0, help="Seed of the digits' starting noise.", show_default="0")
 ]
@@ -107,13 +120,13 @@ def root(
     Everything runs on the CPU within a minute, on handwritten digits whose exact noise prediction and exact answer
     are known. Your own network takes their place with --model.
 
-    Start with:  [bold]solvers compare[/bold]
+    Start with:  `solvers compare`
     """
 
 
 @app.command()
 def compare(
-    solvers: Annotated[str, typer.Option(help=f"Comma-separated, or all: {', '.join(SOLVERS)}.")] = "all",
+    solvers: Annotated[str, typer.Option(help=f"Comma-separated, or all: {', '.join(SOLVERS)}.")] = COMPARED,
     calls: Annotated[
         str, typer.Option(help="Network calls, comma-separated; a solver takes as many steps as fit.")
     ] = "6,12,24,48,96",
@@ -126,18 +139,26 @@ def compare(
         int, typer.Option(min=6, help="With --model: calls of the fine run that stands for the exact answer.")
     ] = 600,
     out: Out = Path("results"),
+    error: Annotated[
+        str,
+        typer.Option(
+            help="What the table and the figure show: the root-mean-square error of the median sample, or that over all "
+            "samples (rms), which the few that start near the border of two digits dominate. Both are recorded."
+        ),
+    ] = "median",
     quiet: Quiet = False,
 ) -> None:
     """Compare solvers: their error against the exact answer, at equal numbers of network calls.
 
     All start from the same noise. Prints a table and writes errors.png (error against calls), digits.png (the samples
-    at about 10 calls under the exact ones) and records.jsonl (one record per run). The digits' exact answer is
+    at about 10 calls, under the exact ones) and records.jsonl (one record per run). The digits' exact answer is
     certified to 1e-11; with --model a fine run stands for it, checked against one of half as many calls.
 
-    Example:  [bold]solvers compare --solvers ddim,dpm_solver_3,dpm_solver_pp_2m --calls 6,12,24 --schedule edm[/bold]
+    Example:  `solvers compare --solvers ddim,dpm_solver_3,dpm_solver_pp_2m --calls 6,12,24 --schedule edm`
     """
     names = chosen("--solvers", solvers, SOLVERS)
     budgets = numbers("--calls", calls)
+    key = picked("--error", error, {"median": "median_error", "rms": "error"})
     spacing = picked("--grid", grid, GRIDS)
     problem = load(model, schedule, samples, seed)
     plans = {(n, budget): within(n, problem.schedule, spacing, budget) for n in names for budget in budgets}
@@ -158,21 +179,26 @@ def compare(
         records.append(run | setting)
         ends[name, budget] = x
 
-    Console().print(error_table(records, names, budgets))
+    if not records:
+        raise ValueError(f"no step of {', '.join(names)} fits in {budgets[-1]} calls: raise --calls")
+    Console().print(error_table(records, names, budgets, key))
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    save(out / "records.jsonl", lambda file: file.write_text(lines, encoding="utf-8"))
-    save(out / "errors.png", figures.work_precision(records).savefig)
+    files: Files = {
+        "records.jsonl": lambda path: path.write_text(lines, encoding="utf-8"),
+        "errors.png": figures.work_precision(records, key, MEASURES[error]).savefig,
+    }
     if figures.is_image(exact):
         near = min(budgets, key=lambda budget: abs(budget - PICTURED_CALLS))
-        best = sorted((r for r in records if r["calls"] == near), key=lambda record: record["error"])
-        rows = {"exact": exact} | {record["solver"]: ends[record["solver"], near] for record in best}
-        picture = figures.gallery(
-            {name: x[:PICTURED_SAMPLES] for name, x in rows.items()},
-            f"The same noise, {near} network calls",
-            ["error", *(f"{record['error']:.3f}" for record in best)],
+        best = sorted(
+            (record for record in records if record["calls"] == near), key=lambda record: record[key]
         )
-        save(out / "digits.png", picture.savefig)
-    bars.print(f"Written to {out}{os.sep}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+        rows = {"exact": exact} | {record["solver"]: ends[record["solver"], near] for record in best}
+        files["images.png" if model else "digits.png"] = figures.gallery(
+            {name: x[:PICTURED_SAMPLES] for name, x in rows.items()},
+            f"From the same noise by {near} network calls, best solver first",
+            ["error", *(f"{record[key]:.3f}" for record in best)],
+        ).savefig
+    write(out, files, quiet)
 
 
 @app.command()
@@ -191,7 +217,7 @@ def sample(
 
     Writes samples.npy (the array [B, ...]) and, if the samples are grey or RGB images in [-1, 1], samples.png.
 
-    Example:  [bold]solvers sample --solver dpm_solver_3 --steps 8 --seed 1[/bold]
+    Example:  `solvers sample --solver dpm_solver_3 --steps 8 --seed 1`
     """
     method = picked("--solver", solver, METHODS)
     spacing = picked("--grid", grid, GRIDS)
@@ -199,9 +225,11 @@ def sample(
     plan = method.build(problem.schedule, spacing(problem.schedule, steps))
     out.mkdir(parents=True, exist_ok=True)
     x = sv.run(plan, problem.model, problem.x, progress=not quiet).cpu()
-    save(out / "samples.npy", lambda file: np.save(file, x.numpy()))
+    files: Files = {"samples.npy": lambda path: np.save(path, x.numpy())}
     if figures.is_image(x):
-        save(out / "samples.png", figures.sheet(x[:100], f"{solver}, {plan.nfe} network calls").savefig)
+        title = f"{solver}, {plan.nfe} network calls"
+        files["samples.png"] = figures.sheet(x[:PICTURED_SHEET], title).savefig
+    write(out, files, quiet)
 
 
 @app.command()
@@ -215,26 +243,31 @@ def order(
     is measured at 32, 64, 128 and 256 steps, equal and random ones; the order is the last slope. Exit code 1 if one
     falls short by more than 0.15 (even steps) or 0.3 (uneven).
 
-    Example:  [bold]solvers order --method dpm_solver_pp_2m,dpm_solver_pp_3m[/bold]
+    Example:  `solvers order --method dpm_solver_pp_2m,dpm_solver_pp_3m`
     """
     from reference import Mixture, even, slopes, trajectory_errors, uneven
 
     names = chosen("--method", method, METHODS)
     schedule = sv.VP()
-    start, stop = schedule.time(torch.tensor([-1.0, 3.0], dtype=torch.float64)).tolist()
-    data = Mixture([0.3, 0.45, 0.25], [[-1.2], [0.3], [1.5]], [[[0.25**2]], [[0.4**2]], [[0.3**2]]])
+    double = partial(torch.tensor, dtype=torch.float64)
+    start, stop = schedule.time(double([-1.0, 3.0])).tolist()
+    data = Mixture(
+        double([0.3, 0.45, 0.25]), double([[-1.2], [0.3], [1.5]]), double([[[0.25]], [[0.4]], [[0.3]]]) ** 2
+    )
     draws = torch.Generator().manual_seed(0)
     x0, noise = data.draw(256, draws), torch.randn(256, 1, dtype=torch.float64, generator=draws)
     x = sv.noised(x0, schedule, start, noise)
 
     table = Table("method", box=box.SIMPLE_HEAD)
-    for head in ("calls per step", "declared order", "even steps", "uneven steps"):
+    for head in ("calls/step", "declared", *TOLERANCES):
         table.add_column(head, justify="right")
     short = []
     for name in track(names, "measuring", console=Console(stderr=True, quiet=quiet), transient=True):
         promise, cells = METHODS[name], []
         for spacing in (even, uneven):
-            measured = trajectory_errors(promise.build, sv.run, data, schedule, x, start, stop, COUNTS, spacing)
+            measured = trajectory_errors(
+                promise.build, sv.run, data, schedule, x, start, stop, COUNTS, spacing
+            )
             slope = slopes(measured)[-1].item()
             kept = slope >= promise.order - TOLERANCES[spacing.__name__]
             cells.append(f"{slope:.2f}" if kept else f"[bold red]{slope:.2f}[/]")
@@ -252,7 +285,8 @@ def plan(
     schedule: ScheduleName = None,
     grid: GridName = "logsnr",
     file: Annotated[
-        Path | None, typer.Option("--save", dir_okay=False, help="Also write the plan, as JSON, to this file.")
+        Path | None,
+        typer.Option("--save", dir_okay=False, help="Also write the plan, as JSON, to this file."),
     ] = None,
 ) -> None:
     """Print a sampler as what it is: a table, one row per network call.
@@ -260,7 +294,7 @@ def plan(
     Each row gives the time and half log-SNR of the call, and the weights of x and of the calls' outputs (the newest
     first) in the x that follows. A saved plan is read back by Plan.load.
 
-    Example:  [bold]solvers plan --method dpm_solver_pp_3m --steps 5 --save plan.json[/bold]
+    Example:  `solvers plan --method dpm_solver_pp_3m --steps 5 --save plan.json`
     """
     build = picked("--method", method, METHODS).build
     noise = picked("--schedule", schedule or "vp", SCHEDULES)
@@ -294,6 +328,7 @@ def load(model: str | None, schedule: str | None, samples: int, seed: int | None
     if model is None:
         from reference import digits
 
+        torch.set_num_threads(1)  # the digits are so small that threads would only wait for one another
         noise = picked("--schedule", schedule or "vp", SCHEDULES)
         unit = sv.noise.per_sample(seed or 0, range(samples)).initial(*digits().shape, dtype=torch.float64)
         x = noise.sigma(torch.tensor(noise.start, dtype=torch.float64)) * unit
@@ -311,7 +346,9 @@ def load(model: str | None, schedule: str | None, samples: int, seed: int | None
     made = function()
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[1], Tensor)):
         kinds = ", ".join(type(v).__name__ for v in made) if isinstance(made, tuple) else type(made).__name__
-        raise ValueError(f"{model} returned ({kinds}): expected (model, x, schedule), as sv.sample takes them")
+        raise ValueError(
+            f"{model} returned ({kinds}): expected (model, x, schedule), as sv.sample takes them"
+        )
     net, x, noise = made
     return Problem(net, x[:samples], noise, None, {"model": model, "schedule": repr(noise), "seed": None})
 
@@ -352,26 +389,29 @@ def errors(x: Tensor, exact: Tensor) -> dict[str, float]:
     return {"error": squares.mean().sqrt().item(), "median_error": squares.sqrt().median().item()}
 
 
-def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list[int]) -> Table:
+def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list[int], key: str) -> Table:
     """Rows are solvers, columns numbers of calls; the best of each column is bold."""
     runs = {(record["solver"], record["calls"]): record for record in records}
-    best = {b: min((r["error"] for r in records if r["calls"] == b), default=0.0) for b in budgets}
+    best = {b: min((r[key] for r in records if r["calls"] == b), default=0.0) for b in budgets}
 
     def cell(record: dict[str, Any] | None) -> str:
         if record is None:
             return "-"
-        text = f"{record['error']:.1e}" if record["error"] > record["resolution"] else f"<{record['resolution']:.0e}"
-        text = f"[bold]{text}[/]" if record["error"] == best[record["calls"]] else text
+        known = record["resolution"]
+        text = f"{record[key]:.1e}" if record[key] > known else f"<{known:.0e}"
+        text = f"[bold]{text}[/]" if record[key] <= max(best[record["calls"]], known) else text
         return text if record["nfe"] == record["calls"] else f"{text} [dim]({record['nfe']})[/]"
 
-    table = Table("calls", box=box.SIMPLE_HEAD)
+    table = Table("calls", box=box.SIMPLE_HEAD, caption_justify="left")
     for budget in budgets:
         table.add_column(str(budget), justify="right", no_wrap=True)
     for solver in solvers:
         table.add_row(solver, *(cell(runs.get((solver, budget))) for budget in budgets))
+    over = "median of" if key == "median_error" else "over all"
+    some = records[0]
     table.caption = (
-        f"Root-mean-square error against the exact answer (known to {records[0]['resolution']:.0e}), "
-        f"{records[0]['samples']} samples. Bold: best of the column. (n): calls made, where fewer fit."
+        f"Root-mean-square error, {over} {some['samples']} samples, against the exact answer (known to "
+        f"{some['resolution']:.0e}). Bold: best of the column. (n): calls made, where not all fit."
     )
     return table
 
@@ -385,14 +425,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def save(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is whole or not there at all."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def write(out: Path, files: Files, quiet: bool) -> None:
+    """Write files into a folder; each is whole or not there at all."""
+    for name, fill in files.items():
+        unfinished = out / f".unfinished-{name}"
+        try:
+            fill(unfinished)
+            os.replace(unfinished, out / name)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    if not quiet:
+        typer.echo(f"Written to {out}: {', '.join(files)}", err=True)
 
 
 def refuse(option: str, message: str) -> NoReturn:

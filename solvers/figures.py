@@ -9,35 +9,52 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d31", "#444444")
-MARKERS = "os^Dv"
+COLORS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#444444", "#7a5195", "#c1121f", "#8c6d31", "#1f9eb5", "#6a994e",
+)  # fmt: skip
+MARKERS = "os^DvP<"
 GAP = 0.035  # between labels, as a share of the axis
 
 
-def work_precision(records: Sequence[Mapping[str, Any]], y: str = "error") -> Figure:
+def work_precision(records: Sequence[Mapping[str, Any]], key: str, label: str) -> Figure:
     """Error against calls, log-log, one line per solver, each named at its right end.
 
     Args:
-        records: one per run, with "solver", "calls", "nfe" and `y`.
-        y: the key of the error.
+        records: one per run, as `solvers compare` writes them; all of one setting.
+        key: of the error in a record.
+        label: what this error is.
+
+    Returns:
+        The figure, to be saved.
     """
     figure = Figure(figsize=(9, 6), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     ends = {}
     for i, solver in enumerate(dict.fromkeys(record["solver"] for record in records)):
-        points = sorted((r["nfe"], r[y]) for r in records if r["solver"] == solver and r[y] > 0)
-        if not points:
-            continue
-        color = COLORS[i % len(COLORS)]
-        axes.plot(*zip(*points, strict=True), color=color, marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.3)
-        ends[solver] = (*points[-1], color)
-    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel="root-mean-square error")
-    calls = sorted({record["nfe"] for record in records})
+        points = sorted((r["nfe"], r[key]) for r in records if r["solver"] == solver and r[key] > 0)
+        if points:
+            color = COLORS[i % len(COLORS)]
+            axes.plot(
+                *zip(*points, strict=True),
+                color=color,
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+                linewidth=1.3,
+            )
+            ends[solver] = (*points[-1], color)
+    some = records[0]
+    if any(record[key] < some["resolution"] for record in records):
+        axes.axhline(
+            some["resolution"], color="0.5", linestyle=":", label="the exact answer is known to this"
+        )
+        axes.legend(frameon=False, loc="lower left")
+    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=label)
     asked = sorted({record["calls"] for record in records})
     axes.set_xticks(asked, labels=map(str, asked))
     axes.minorticks_off()
-    axes.set_xlim(calls[0] / 1.15, calls[-1] * 1.08)
-    axes.set_title("Error against the exact answer", loc="left", fontsize=11)
+    axes.set_xlim(min(record["nfe"] for record in records) / 1.15, asked[-1] * 1.08)
+    title = f"{some['model']}, schedule {some['schedule']}, grid {some['grid']}, {some['samples']} samples"
+    axes.set_title(f"Error against the exact answer ({title})", loc="left", fontsize=10)
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     _name_ends(axes, ends)
@@ -47,14 +64,14 @@ def work_precision(records: Sequence[Mapping[str, Any]], y: str = "error") -> Fi
 def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
     """Write each line's name to the right of the axes, at its end's height or as near as the other names allow."""
     to_axes = axes.transData + axes.transAxes.inverted()
-    places = {name: to_axes.transform(end[:2]) for name, end in ends.items()}
+    places = {name: tuple(to_axes.transform(end[:2])) for name, end in ends.items()}
     names = sorted(places, key=lambda name: places[name][1])
     heights = _spread([places[name][1] for name in names], GAP)
     for name, height in zip(names, heights, strict=True):
         color = ends[name][2]
         axes.annotate(
             name, places[name], (1.05, height), "axes fraction", "axes fraction", color=color, fontsize=9, va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -85,6 +102,9 @@ def gallery(rows: Mapping[str, Tensor], title: str, notes: Sequence[str] = ()) -
         rows: images in [-1, 1] by name, [n, C, H, W]; C = 1 is drawn as ink on paper, C = 3 is RGB.
         title: of the figure.
         notes: one per row, or none.
+
+    Returns:
+        The figure, to be saved.
     """
     images = torch.stack(list(rows.values())).double().cpu().clamp(-1, 1)
     count, columns, channels, height, width = images.shape
@@ -93,7 +113,7 @@ def gallery(rows: Mapping[str, Tensor], title: str, notes: Sequence[str] = ()) -
     tiles = torch.nn.functional.pad(images, (0, gap, 0, gap), value=0.82)
     picture = tiles.permute(0, 3, 1, 4, 2).reshape(count * (height + gap), columns * (width + gap), channels)
     tall = 0.62 * height / width
-    figure = Figure(figsize=(0.62 * columns + 3.2, tall * count + 0.5), layout="constrained", dpi=150)
+    figure = Figure(figsize=(0.62 * columns + 3, tall * count + 0.5), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     axes.imshow(picture[:-gap, :-gap].expand(-1, -1, 3).numpy(), interpolation="nearest")
     middles = [row * (height + gap) + height / 2 - 0.5 for row in range(count)]

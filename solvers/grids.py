@@ -20,17 +20,23 @@ MAX_STEPS = 10**6
 ULPS = 4  # a step of half log-SNR must exceed this many units in the last place
 
 
-def uniform(schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None) -> Tensor:
+def uniform(
+    schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None
+) -> Tensor:
     """Uniform in t: times [steps + 1], float64."""
     return _power(schedule, steps, start, stop, power=1)
 
 
-def quadratic(schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None) -> Tensor:
+def quadratic(
+    schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None
+) -> Tensor:
     """Uniform in sqrt(t), denser near the data: times [steps + 1], float64."""
     return _power(schedule, steps, start, stop, power=2)
 
 
-def logsnr(schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None) -> Tensor:
+def logsnr(
+    schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None
+) -> Tensor:
     """Uniform in log-SNR: times [steps + 1], float64. Both ends need alpha > 0 and sigma > 0."""
     ends = _ends(schedule, steps, start, stop)
     first, last = _finite_half_logsnr(schedule, ends)
@@ -80,7 +86,9 @@ def trailing(schedule: Discrete, steps: int, *, start: float | None = None, stop
     Source: Lin et al. 2023 (arXiv 2305.08891), table 2.
     """
     first, last = _ends(_discrete(schedule), steps, start, stop)
-    return _on_levels(schedule, _level_line(first * schedule.levels, last * schedule.levels, steps)[:-1], (first, last))
+    return _on_levels(
+        schedule, _level_line(first * schedule.levels, last * schedule.levels, steps)[:-1], (first, last)
+    )
 
 
 def snap(schedule: Discrete, times: Tensor) -> Tensor:
@@ -105,7 +113,9 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
     """
     times = numbers("times", times)
     if times.ndim != 1 or times.numel() < 2:
-        raise ValueError(f"times has shape {list(times.shape)}: expected [steps + 1] with at least one step (two times)")
+        raise ValueError(
+            f"times has shape {list(times.shape)}: expected [steps + 1] with at least one step (two times)"
+        )
     if not times.isfinite().all():
         i = int((~times.isfinite()).nonzero()[0])
         raise ValueError(f"times[{i}] = {times[i]:g}: every time must be finite")
@@ -115,11 +125,15 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
                 f"times must decrease from noise to data: times[0] = {times[0]:g} is followed by {times[1]:g}; flip it: times.flip(0)"
             )
         i = int((times.diff() >= 0).nonzero()[0])
-        raise ValueError(f"times must strictly decrease: times[{i}] = {times[i]:g} is followed by {times[i + 1]:g}")
+        raise ValueError(
+            f"times must strictly decrease: times[{i}] = {times[i]:g} is followed by {times[i + 1]:g}"
+        )
     lam = schedule.half_logsnr(times)
     if lam.isnan().any():
         i = int(lam.isnan().nonzero()[0])
-        raise ValueError(f"times[{i}] = {times[i]:g} is outside the schedule: its half log-SNR is not a number")
+        raise ValueError(
+            f"times[{i}] = {times[i]:g} is outside the schedule: its half log-SNR is not a number"
+        )
     resolution = ULPS * torch.finfo(torch.float64).eps * lam.abs().nan_to_num(posinf=0.0).clamp(min=1.0)
     close = ~(lam.diff() > torch.maximum(resolution[:-1], resolution[1:]))
     if close.any():
@@ -133,15 +147,17 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
 
 def _steps(steps: int) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps = {steps!r}: expected an int of at least 1, e.g. steps=20")
+        raise TypeError(f"steps = {steps!r:.100}: expected an int of at least 1, e.g. steps=20")
     if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps = {steps}: expected between 1 and {MAX_STEPS}, e.g. steps=20")
+        raise ValueError(f"steps = {steps!r:.100}: expected between 1 and {MAX_STEPS}, e.g. steps=20")
     return steps
 
 
 def _discrete(schedule: Discrete) -> Discrete:
     if not isinstance(schedule, Discrete):
-        raise TypeError(f"schedule = {schedule!r} has no levels to stand on: expected a Discrete; use uniform, logsnr or karras")
+        raise TypeError(
+            f"schedule = {schedule!r} has no levels to stand on: expected a Discrete; use uniform, logsnr or karras"
+        )
     return schedule
 
 
@@ -150,7 +166,9 @@ def _ends(schedule: Schedule, steps: int, start: float | None, stop: float | Non
     first = schedule.start if start is None else number("start", start)
     last = schedule.stop if stop is None else number("stop", stop)
     if not (math.isfinite(first) and math.isfinite(last) and 0 <= last < first):
-        raise ValueError(f"start = {first:g}, stop = {last:g}: expected 0 <= stop < start; start is noise, stop is data")
+        raise ValueError(
+            f"start = {first:g}, stop = {last:g}: expected 0 <= stop < start; start is noise, stop is data"
+        )
     return first, last
 
 
@@ -179,9 +197,13 @@ def _power(schedule: Schedule, steps: int, start: float | None, stop: float | No
 def _finite_half_logsnr(schedule: Schedule, ends: tuple[float, float]) -> tuple[float, float]:
     first, last = schedule.half_logsnr(torch.tensor(ends, dtype=torch.float64)).tolist()
     if math.isinf(first):
-        raise ValueError(f"start = {ends[0]:g} has alpha = 0 (half log-SNR -inf): give a start below it, e.g. start={ends[0] * 0.999:g}")
+        raise ValueError(
+            f"start = {ends[0]:g} has alpha = 0 (half log-SNR -inf): give a start below it, e.g. start={ends[0] * 0.999:g}"
+        )
     if math.isinf(last):
-        raise ValueError(f"stop = {ends[1]:g} has sigma = 0 (half log-SNR inf): give a stop above it, e.g. stop=0.001")
+        raise ValueError(
+            f"stop = {ends[1]:g} has sigma = 0 (half log-SNR inf): give a stop above it, e.g. stop=0.001"
+        )
     return first, last
 
 

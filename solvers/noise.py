@@ -10,7 +10,8 @@ from torch import Tensor
 
 from solvers.schedules import Schedule
 
-Source = Callable[[int, Tensor], Tensor]  # (number of the draw, a tensor like it) -> standard normals of that shape
+# (number of the draw, a tensor like it) -> standard normals of that shape
+Source = Callable[[int, Tensor], Tensor]
 STEPS, START = 0, 1  # independent streams of one sample
 
 
@@ -39,7 +40,9 @@ class PerSample:
     def __call__(self, draw: int, like: Tensor) -> Tensor:
         """Draw number `draw` for a step: standard normals with the shape, dtype and device of `like` [B, ...]."""
         if len(like) != len(self.ids):
-            raise ValueError(f"noise is for {len(self.ids)} samples, but the batch has {len(like)}: give one id per sample")
+            raise ValueError(
+                f"noise is for {len(self.ids)} samples, but the batch has {len(like)}: give one id per sample"
+            )
         return self._normals(STEPS, draw, like.shape[1:]).to(like)
 
     def initial(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,7 +101,9 @@ def as_source(noise: "Source | torch.Generator | int", batch: int) -> Source:
 
 def _whole(name: str, value: int) -> int:
     """The number as an int, numpy's included."""
-    whole = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)) else -1
+    whole = (
+        operator.index(value) if hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)) else -1
+    )
     if not 0 <= whole < 2**63:
         raise ValueError(f"{name} = {value!r:.100}: expected a whole number from 0 to 2^63 - 1")
     return whole

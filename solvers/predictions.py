@@ -47,11 +47,17 @@ class Model:
         if not callable(self.net):
             raise TypeError(f"model = {self.net!r} is not callable: expected net(x, t) -> prediction")
         if self.label is not None and not callable(self.label):
-            raise TypeError(f"label = {self.label!r} is not callable: expected a function of t, e.g. label=schedule.label")
+            raise TypeError(
+                f"label = {self.label!r} is not callable: expected a function of t, e.g. label=schedule.label"
+            )
         if self.predicts not in PREDICTIONS:
-            raise ValueError(f"predicts = {self.predicts!r}: expected one of {', '.join(map(repr, PREDICTIONS))}")
+            raise ValueError(
+                f"predicts = {self.predicts!r}: expected one of {', '.join(map(repr, PREDICTIONS))}"
+            )
         if not 0 < number("sigma_data", self.sigma_data) < math.inf:
-            raise ValueError(f"sigma_data = {self.sigma_data}: expected the data's standard deviation, finite and above 0")
+            raise ValueError(
+                f"sigma_data = {self.sigma_data}: expected the data's standard deviation, finite and above 0"
+            )
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The net's own output at the schedule's time t [B]."""
@@ -141,13 +147,17 @@ def convert(m: Tensor, x: Tensor, alpha: float, sigma: float, *, have: str, want
     """
     for name, value in (("have", have), ("want", want)):
         if value not in PREDICTIONS or value == "flow":
-            raise ValueError(f"{name} = {value!r}: expected one of 'noise', 'data', 'velocity', 'score', 'edm'")
+            raise ValueError(
+                f"{name} = {value!r}: expected one of 'noise', 'data', 'velocity', 'score', 'edm'"
+            )
     if m.shape != x.shape:
         raise ValueError(f"m has shape {list(m.shape)}: expected that of x, {list(x.shape)}")
     level = (torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
     from_x, from_m = conversion(mixture(have, *level), mixture(want, *level), *level)
     if not (from_x.isfinite() and from_m.isfinite()):
-        raise ValueError(f"a {have} prediction does not determine {want} at alpha = {alpha:g}, sigma = {sigma:g}")
+        raise ValueError(
+            f"a {have} prediction does not determine {want} at alpha = {alpha:g}, sigma = {sigma:g}"
+        )
     return float(from_x) * x + float(from_m) * m
 
 

@@ -61,13 +61,17 @@ def numbers(name: str, values: "Tensor | ArrayLike") -> Tensor:
         except ValueError:  # ragged
             array = np.array(None)
         if array.dtype.kind not in "biufc":
-            raise TypeError(f"{name} = {values!r:.100}: expected a tensor, an array or a list of real numbers")
+            raise TypeError(
+                f"{name} = {values!r:.100}: expected a tensor, an array or a list of real numbers"
+            )
         values = torch.from_numpy(array)
     if values.dtype == torch.bool or values.is_complex():
         raise TypeError(f"{name} has dtype {values.dtype}: expected real numbers, in float64")
     if values.is_floating_point() and values.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} has dtype {values.dtype}: expected float64 or float32; {name} must not be rounded to half precision")
-    return values.detach().to("cpu", torch.float64, copy=True)
+        raise TypeError(
+            f"{name} has dtype {values.dtype}: expected float64 or float32; {name} must not be rounded to half precision"
+        )
+    return values.to("cpu", torch.float64, copy=True)
 
 
 def _float64(half_logsnr: Tensor | float) -> Tensor:
@@ -79,7 +83,9 @@ def _checked(t: Tensor | float, last: float = 1.0) -> Tensor:
     t = torch.as_tensor(t, dtype=torch.float64)
     outside = ~((t >= 0) & (t <= last))
     if outside.any():
-        raise ValueError(f"t = {t[outside].flatten()[0].item():g} is outside the schedule's range [0, {last:g}]")
+        raise ValueError(
+            f"t = {t[outside].flatten()[0].item():g} is outside the schedule's range [0, {last:g}]"
+        )
     return t
 
 
@@ -168,7 +174,7 @@ class SubVP(_LinearBeta):
         return -integral / 2 - torch.log(-torch.expm1(-integral))
 
     def time(self, half_logsnr: Tensor) -> Tensor:
-        """alpha is the positive root of e^l alpha^2 + alpha - e^l; B = -log alpha^2 = -log(1 - alpha e^-l)."""
+        """With alpha the positive root of e^l alpha^2 + alpha - e^l; B = -log alpha^2 = -log(1 - alpha e^-l)."""
         half_logsnr = _float64(half_logsnr)
         rho = torch.exp(-half_logsnr)
         alpha = 2 / (rho + torch.sqrt(rho**2 + 4))
@@ -197,7 +203,7 @@ class Cosine:
         return math.pi / 2 * _checked(t) / (1 + self.shift)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """cos(a) / cos(a_0), written as the sine of the complement so that alpha(1) is exactly 0."""
+        """The ratio cos(a) / cos(a_0), written as the sine of the complement so that alpha(1) is exactly 0."""
         left = math.pi / 2 * (1 - _checked(t)) / (1 + self.shift)
         return torch.sin(left) / math.cos(self._first())
 
@@ -211,7 +217,7 @@ class Cosine:
         return _log_ratio(self.alpha(t), self.sigma(t))
 
     def time(self, half_logsnr: Tensor) -> Tensor:
-        """t from a - a_0, whose sine is sigma^2 cos^2 a_0 / sin(a + a_0)."""
+        """The time from a - a_0, whose sine is sigma^2 cos^2 a_0 / sin(a + a_0)."""
         first = self._first()
         sin0, cos0 = math.sin(first), math.cos(first)
         half_logsnr = _float64(half_logsnr)
@@ -283,7 +289,7 @@ class EDM:
         return torch.ones_like(_checked(t, math.inf))
 
     def sigma(self, t: Tensor) -> Tensor:
-        """t."""
+        """The time itself."""
         return _checked(t, math.inf).clone()
 
     def half_logsnr(self, t: Tensor) -> Tensor:
@@ -316,7 +322,7 @@ class Flow:
         return (1 - t) / (1 + (self.shift - 1) * t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """shift t / (1 + (shift - 1) t)."""
+        """The time after the shift, shift t / (1 + (shift - 1) t)."""
         t = _checked(t)
         return self.shift * t / (1 + (self.shift - 1) * t)
 
@@ -351,16 +357,26 @@ class LogSNR:
     def __post_init__(self) -> None:
         _increasing(gamma_min=self.gamma_min, gamma_max=self.gamma_max)
         if self.gamma is not None and not callable(self.gamma):
-            raise TypeError(f"gamma = {self.gamma!r:.100}: expected a function of t, e.g. gamma=lambda t: 18.3 * t - 13.3")
+            raise TypeError(
+                f"gamma = {self.gamma!r:.100}: expected a function of t, e.g. gamma=lambda t: 18.3 * t - 13.3"
+            )
         probe = torch.linspace(0, 1, 1001, dtype=torch.float64)
         values = self._gamma(probe)
         if not isinstance(values, Tensor) or values.dtype != torch.float64 or values.shape != probe.shape:
-            kind = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise TypeError(f"gamma gave {kind} for t float64 {list(probe.shape)}: expected float64 of the same shape")
+            kind = (
+                f"{values.dtype} {list(values.shape)}"
+                if isinstance(values, Tensor)
+                else type(values).__name__
+            )
+            raise TypeError(
+                f"gamma gave {kind} for t float64 {list(probe.shape)}: expected float64 of the same shape"
+            )
         steps = values.diff()
         if not (steps > 0).all():
             first = int((~(steps > 0)).nonzero()[0])
-            raise ValueError(f"gamma must increase on [0, 1]: it does not between t = {probe[first]:g} and {probe[first + 1]:g}")
+            raise ValueError(
+                f"gamma must increase on [0, 1]: it does not between t = {probe[first]:g} and {probe[first + 1]:g}"
+            )
 
     def _gamma(self, t: Tensor) -> Tensor:
         t = _checked(t)
@@ -386,7 +402,9 @@ class LogSNR:
         low, high = torch.zeros_like(target), torch.ones_like(target)
         outside = (target < self._gamma(low)) | (target > self._gamma(high))
         if outside.any():
-            raise ValueError(f"half_logsnr = {-target[outside].flatten()[0] / 2:g} is outside the range of -gamma / 2")
+            raise ValueError(
+                f"half_logsnr = {-target[outside].flatten()[0] / 2:g} is outside the range of -gamma / 2"
+            )
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             below = self._gamma(middle) < target
@@ -439,7 +457,9 @@ class Discrete:
         return cls(torch.linspace(beta_min, beta_max, _count(levels), dtype=torch.float64))
 
     @classmethod
-    def scaled_linear(cls, levels: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012) -> "Discrete":
+    def scaled_linear(
+        cls, levels: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012
+    ) -> "Discrete":
         """Roots of betas equally spaced, the defaults of Stable Diffusion. Source: Rombach et al. 2022 (arXiv 2112.10752)."""
         _positive(beta_min=beta_min, beta_max=beta_max)
         return cls(torch.linspace(beta_min**0.5, beta_max**0.5, _count(levels), dtype=torch.float64) ** 2)
@@ -460,7 +480,9 @@ class Discrete:
         bad[1:] |= values.diff() >= 0
         if bad.any():
             n = int(bad.nonzero()[0])
-            raise ValueError(f"alphas_cumprod[{n}] = {values[n]:g}: expected strictly decreasing values in (0, 1)")
+            raise ValueError(
+                f"alphas_cumprod[{n}] = {values[n]:g}: expected strictly decreasing values in (0, 1)"
+            )
         schedule = cls.__new__(cls)
         schedule._knots(torch.log(values) / 2)
         return schedule
@@ -485,7 +507,7 @@ class Discrete:
         return line, torch.where(zero_snr, 1 - fraction, 1.0)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """exp of the interpolated log alpha."""
+        """The exponential of the interpolated log alpha."""
         line, rest = self._factors(t)
         return torch.exp(line) * rest
 
@@ -494,7 +516,7 @@ class Discrete:
         return torch.sqrt(self._variance(*self._factors(t)))
 
     def half_logsnr(self, t: Tensor) -> Tensor:
-        """log alpha - log(1 - alpha^2) / 2."""
+        """From alpha alone: log alpha - log(1 - alpha^2) / 2."""
         line, rest = self._factors(t)
         return line + torch.log(rest) - torch.log(self._variance(line, rest)) / 2
 
@@ -504,13 +526,15 @@ class Discrete:
         return -torch.expm1(2 * line) + torch.exp(2 * line) * (1 - rest**2)
 
     def time(self, half_logsnr: Tensor) -> Tensor:
-        """log alpha = -log(1 + exp(-2 half_logsnr)) / 2, then back through the interpolation."""
+        """By log alpha = -log(1 + exp(-2 half_logsnr)) / 2, then back through the interpolation."""
         log_alpha = -_softplus(-2 * _float64(half_logsnr)) / 2
         right = torch.searchsorted(-self._log_alpha, -log_alpha.contiguous()).clamp(1, self.levels)
         left_value, right_value = self._log_alpha[right - 1], self._log_alpha[right]
         zero_snr = torch.isneginf(right_value)
         span = torch.where(zero_snr, -1.0, right_value - left_value)
-        fraction = torch.where(zero_snr, -torch.expm1(log_alpha - left_value), (log_alpha - left_value) / span)
+        fraction = torch.where(
+            zero_snr, -torch.expm1(log_alpha - left_value), (log_alpha - left_value) / span
+        )
         return self._t[right - 1] + fraction / self.levels
 
     def label(self, t: Tensor) -> Tensor:
@@ -521,13 +545,17 @@ class Discrete:
         """
         n = _checked(t) * self.levels - 1
         if (n < -1e-9).any():
-            raise ValueError(f"t = {float(t.min()):g} is below the first level 1/{self.levels} that the network knows")
+            raise ValueError(
+                f"t = {float(t.min()):g} is below the first level 1/{self.levels} that the network knows"
+            )
         return torch.where((n - n.round()).abs() < 1e-9, n.round(), n)
 
 
 def _count(levels: int) -> int:
     if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= MAX_LEVELS:
-        raise ValueError(f"levels = {levels!r:.100}: expected a whole number from 2 to {MAX_LEVELS}, e.g. levels=1000")
+        raise ValueError(
+            f"levels = {levels!r:.100}: expected a whole number from 2 to {MAX_LEVELS}, e.g. levels=1000"
+        )
     return levels
 
 

@@ -22,7 +22,9 @@ MULTISTEP = (
         for final in FINALS
     }
     | {
-        f"exponential_adams {p} {form} {start}": partial(sv.exponential_adams, order=p, predicts=form, start=start)
+        f"exponential_adams {p} {form} {start}": partial(
+            sv.exponential_adams, order=p, predicts=form, start=start
+        )
         for p in (1, 2, 3, 4, 5)
         for form in ("noise", "data")
         for start in (STARTS if 2 < p < 5 else STARTS[:1])

@@ -71,13 +71,18 @@ def test_a_discrete_spacing_calls_on_levels_exactly(grid, name):
 
 @pytest.mark.parametrize("grid", SPACINGS.values(), ids=SPACINGS.keys())
 def test_more_calls_than_levels_are_refused(grid):
-    with pytest.raises(ValueError, match="fall on one level .* of the 1000 that the network knows: take fewer than 1001 steps"):
+    with pytest.raises(
+        ValueError,
+        match=r"fall on one level .* of the 1000 that the network knows: take fewer than 1001 steps",
+    ):
         grid(DDPM, 1001)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0.7, 0.2), (1.0, 0.05), (0.9, 0.001)])
 @pytest.mark.parametrize(
-    "grid", [*ANYWHERE.values(), *BY_LOGSNR.values(), *SPACINGS.values()], ids=[*ANYWHERE, *BY_LOGSNR, *SPACINGS]
+    "grid",
+    [*ANYWHERE.values(), *BY_LOGSNR.values(), *SPACINGS.values()],
+    ids=[*ANYWHERE, *BY_LOGSNR, *SPACINGS],
 )
 def test_given_ends_are_hit_exactly(grid, start, stop):
     for steps in (1, 2, 3, 10, 33):

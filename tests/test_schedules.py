@@ -53,7 +53,9 @@ def whole_range(schedule):
     if isinstance(schedule, sv.EDM):
         return torch.logspace(-12, 4, 800, dtype=torch.float64)
     near = torch.logspace(-12, -0.4, 200, dtype=torch.float64)
-    times = torch.cat([near, 1 - near, torch.linspace(0.01, 0.99, 399, dtype=torch.float64), tensor([0.0, 1.0])])
+    times = torch.cat(
+        [near, 1 - near, torch.linspace(0.01, 0.99, 399, dtype=torch.float64), tensor([0.0, 1.0])]
+    )
     times = times.unique(sorted=True)
     return times[schedule.half_logsnr(times).isfinite()]
 
@@ -77,7 +79,9 @@ def test_time_inverts_half_logsnr_to_rounding(schedule):
     times = whole_range(schedule)
     allowed = 8 * grain(schedule, times)[0]
     gap = (schedule.time(schedule.half_logsnr(times)) - times).abs()
-    assert (gap <= allowed).all(), f"t = {times[(gap / allowed).argmax()]:g}: {(gap / allowed).max():g} of what is allowed"
+    assert (gap <= allowed).all(), (
+        f"t = {times[(gap / allowed).argmax()]:g}: {(gap / allowed).max():g} of what is allowed"
+    )
 
 
 @every
@@ -87,7 +91,9 @@ def test_half_logsnr_inverts_time_to_rounding(schedule):
     times = schedule.time(lam)
     gap = (schedule.half_logsnr(times) - lam).abs()
     allowed = 8 * grain(schedule, times)[1]
-    assert (gap <= allowed).all(), f"half log-SNR {lam[(gap / allowed).argmax()]:g}: {(gap / allowed).max():g} of what is allowed"
+    assert (gap <= allowed).all(), (
+        f"half log-SNR {lam[(gap / allowed).argmax()]:g}: {(gap / allowed).max():g} of what is allowed"
+    )
 
 
 @every
@@ -123,7 +129,9 @@ def test_float64_whatever_comes_in(schedule):
         assert {v.dtype for v in values} == {torch.float64}
         assert {v.shape for v in values} == {torch.as_tensor(t).shape}
     for t in (tensor([0.5]).expand(3), tensor([[0.2, 0.3], [0.4, 0.5]]).T):  # a warning would be an error
-        assert torch.equal(schedule.time(schedule.half_logsnr(t)), schedule.time(schedule.half_logsnr(t.clone())))
+        assert torch.equal(
+            schedule.time(schedule.half_logsnr(t)), schedule.time(schedule.half_logsnr(t.clone()))
+        )
     given = torch.tensor([0.25, 0.5], dtype=torch.float64)
     for function in (schedule.alpha, schedule.sigma, schedule.half_logsnr, schedule.time):
         assert function(given).data_ptr() != given.data_ptr()
@@ -140,7 +148,9 @@ def test_a_time_outside_is_refused(schedule, t):
             function(tensor([0.5, t]))
 
 
-@pytest.mark.parametrize("name", ["vp", "vp falling beta", "cosine", "log-snr line", "log-snr given", *DISCRETE])
+@pytest.mark.parametrize(
+    "name", ["vp", "vp falling beta", "cosine", "log-snr line", "log-snr given", *DISCRETE]
+)
 def test_variance_is_preserved(name):
     times = whole_range(SCHEDULES[name])
     total = SCHEDULES[name].alpha(times) ** 2 + SCHEDULES[name].sigma(times) ** 2
@@ -170,7 +180,9 @@ def cos(x):
 
 
 def linear_beta(schedule, t):
-    return Decimal(schedule.beta_min) * t + (Decimal(schedule.beta_max) - Decimal(schedule.beta_min)) * t * t / 2
+    return (
+        Decimal(schedule.beta_min) * t + (Decimal(schedule.beta_max) - Decimal(schedule.beta_min)) * t * t / 2
+    )
 
 
 def exact_vp(s, t):
@@ -204,7 +216,9 @@ def exact_flow(s, t):
 
 
 def exact_log_snr(s, t):
-    g = (gamma(t) if s.gamma else Decimal(s.gamma_min) + (Decimal(s.gamma_max) - Decimal(s.gamma_min)) * t).exp()
+    g = (
+        gamma(t) if s.gamma else Decimal(s.gamma_min) + (Decimal(s.gamma_max) - Decimal(s.gamma_min)) * t
+    ).exp()
     return 1 / (1 + g).sqrt(), (g / (1 + g)).sqrt()
 
 
@@ -285,7 +299,11 @@ def test_improved_ddpm_cosine_has_the_published_range_and_one_clipped_beta():
 @pytest.mark.parametrize("build", [sv.Discrete.linear, sv.Discrete.cosine], ids=["linear", "cosine"])
 def test_the_label_of_level_n_is_n(build, levels):
     """E1 and B16: no hard-coded 1000, no renumbering after clipping; and the level carries the alpha of that beta."""
-    schedule = build(levels) if build == sv.Discrete.cosine else build(levels, beta_min=1 / levels / 100, beta_max=0.02)
+    schedule = (
+        build(levels)
+        if build == sv.Discrete.cosine
+        else build(levels, beta_min=1 / levels / 100, beta_max=0.02)
+    )
     n = torch.arange(levels, dtype=torch.float64)
     times = (n + 1) / levels
     assert torch.equal(schedule.label(times), n)
@@ -390,7 +408,9 @@ def test_drift_and_diffusion_are_the_published_ones(name):
     schedule = CONTINUOUS[name]
     times = torch.linspace(0.01, 0.97, 97, dtype=torch.float64)
     f, g2 = DRIFT[name]
-    assert torch.allclose(slope(lambda t: schedule.alpha(t).log(), times), f(schedule, times), rtol=1e-12, atol=1e-13)
+    assert torch.allclose(
+        slope(lambda t: schedule.alpha(t).log(), times), f(schedule, times), rtol=1e-12, atol=1e-13
+    )
     measured = -2 * schedule.sigma(times) ** 2 * slope(schedule.half_logsnr, times)
     assert torch.allclose(measured, g2(schedule, times), rtol=1e-12, atol=1e-13)
 

@@ -1,0 +1,216 @@
+"""Figures and Markdown tables from records, and from nothing else.
+
+python benchmarks/draw.py results/*.jsonl --out results --into docs/benchmarks.md
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from math import prod
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from records import Step, WorkPrecision, read
+
+COLOURS = {1: "#7f7f7f", 2: "#0072b2", 3: "#d55e00", 4: "#009e73"}  # by order; Okabe & Ito, safe for the colour-blind
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "grid.color": "#e6e6e6",
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "savefig.dpi": 160,
+}
+BASELINES = ("one torch.add_", "ideal single pass", "diffusers 2M")  # grey in the figure: not ours
+WORST = 3.0  # errors above are of no interest: the data has variance of order 1
+
+Lines = dict[str, list[WorkPrecision]]
+
+
+def best(records: Sequence[WorkPrecision], name: Callable[[WorkPrecision], str]) -> Lines:
+    """For every name, the record of least RMSE at each number of calls."""
+    lines: dict[str, dict[int, WorkPrecision]] = {}
+    for record in records:
+        line = lines.setdefault(name(record), {})
+        if record.calls not in line or record.rmse < line[record.calls].rmse:
+            line[record.calls] = record
+    return {key: [line[calls] for calls in sorted(line)] for key, line in lines.items()}
+
+
+def merged(panels: dict[str, Lines]) -> dict[str, list[str]]:
+    """Names, each with those after it whose errors are the same to 6 digits in every panel: one method under many names."""
+    curves: dict[tuple, list[str]] = {}
+    for name in {name: None for lines in panels.values() for name in lines}:
+        points = [(key, r.nfe, f"{r.rmse:.6g}") for key, lines in panels.items() for r in lines.get(name, [])]
+        curves.setdefault(tuple(points), []).append(name)
+    return {names[0]: names for names in curves.values()}
+
+
+def _error_axes(axes: Axes, title: str, first: bool) -> None:
+    axes.set(xscale="log", yscale="log", title=title, xlabel="model calls")
+    axes.set_ylabel("RMSE against the exact flow" if first else "")
+    axes.set_ylim(top=WORST)
+    ticks = [5, 10, 20, 50, 100]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.minorticks_off()
+    axes.grid(True)
+
+
+def _panels(columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns + 0.4, 3.1 * rows + 0.9), sharey="row", squeeze=False, layout="constrained"
+    )
+    return figure, list(axes.flat)
+
+
+def draw_methods(records: Sequence[WorkPrecision], schedule: str) -> Figure:
+    """Error against calls, a panel a problem, a line a method on the grid that suits it best; coloured by order."""
+    records = [r for r in records if r.schedule == schedule]
+    problems = list(dict.fromkeys(r.problem for r in records))
+    panels = {p: best([r for r in records if r.problem == p], lambda r: r.method) for p in problems}
+    figure, axes = _panels(len(problems))
+    names = merged(panels)
+    order = {r.method: r.order for r in records}
+    markers = {q: cycle("os^Dv<>P") for q in set(order.values())}
+    for name in sorted(names, key=order.__getitem__):
+        style = {"color": COLOURS.get(order[name], "black"), "marker": next(markers[order[name]])}
+        label = f"{' = '.join(names[name])} ({order[name]})"
+        for i, (problem, panel) in enumerate(zip(problems, axes, strict=True)):
+            line = panels[problem].get(name, [])
+            panel.plot([r.nfe for r in line], [r.rmse for r in line], label=label if i == 0 else None, **style)
+    for i, (problem, panel) in enumerate(zip(problems, axes, strict=True)):
+        _error_axes(panel, f"{problem}, {schedule}", first=i == 0)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, title="method (order), each on its best grid")
+    return figure
+
+
+def draw_grids(records: Sequence[WorkPrecision]) -> Figure:
+    """Error against calls, a row a schedule, a panel a problem, a line a grid with the method that suits it best."""
+    schedules, problems = (list(dict.fromkeys(getattr(r, n) for r in records)) for n in ("schedule", "problem"))
+    figure, axes = _panels(len(problems), len(schedules))
+    places = [(s, p) for s in schedules for p in problems]
+    for i, ((schedule, problem), panel) in enumerate(zip(places, axes, strict=True)):
+        chosen = [r for r in records if (r.schedule, r.problem) == (schedule, problem)]
+        lines = best(chosen, lambda r: r.grid)
+        for (grid, line), colour, marker in zip(lines.items(), cycle(COLOURS.values()), cycle("os^D"), strict=False):
+            label = grid if i == 0 else None
+            panel.plot([r.nfe for r in line], [r.rmse for r in line], color=colour, marker=marker, label=label)
+        _error_axes(panel, f"{problem}, {schedule}", first=i % len(problems) == 0)
+    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, title="grid, with its best method")
+    return figure
+
+
+def draw_step(records: Sequence[Step]) -> Figure:
+    """Time per call over the time of the ideal pass, a panel a shape; log scale."""
+    shapes = list(dict.fromkeys(tuple(r.shape) for r in records))
+    figure, axes = plt.subplots(
+        1, len(shapes), figsize=(3.2 * len(shapes) + 1.2, 2.9), sharey=True, squeeze=False, layout="constrained"
+    )
+    for shape, panel in zip(shapes, axes.flat, strict=True):
+        chosen = [r for r in records if tuple(r.shape) == shape]
+        ideal = next(r.between for r in chosen if r.method == BASELINES[1])
+        colours = ["#b0b0b0" if r.method in BASELINES else COLOURS[2] for r in chosen]
+        ratios = [r.between / ideal for r in chosen]
+        bars = panel.barh([r.method for r in chosen], ratios, color=colours, height=0.7)
+        panel.bar_label(bars, [f"{ratio:.2g}x  {_time(r.between)}" for r, ratio in zip(chosen, ratios, strict=True)], padding=3, fontsize=8)
+        panel.set(xscale="log", title="(" + ", ".join(map(str, shape)) + ")", xlabel="time per call / ideal single pass")
+        panel.set_xlim(0.3, 30 * max(ratios))
+        panel.axvline(1, color="black", linewidth=0.7)
+        panel.tick_params(axis="y", length=0)
+    axes[0, 0].invert_yaxis()
+    return figure
+
+
+def _time(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.1f} ms"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows))
+
+
+def _made_by(records: Sequence[Step | WorkPrecision]) -> str:
+    """One line of what made the records."""
+    made = {", ".join(f"{name} {value}" for name, value in r.versions.items()) for r in records}
+    return f"{len(records)} records; " + "; ".join(sorted(made)) + "."
+
+
+def step_table(records: Sequence[Step]) -> str:
+    """One row per shape and method."""
+    rows = []
+    for shape in dict.fromkeys(tuple(r.shape) for r in records):
+        chosen = sorted((r for r in records if tuple(r.shape) == shape), key=lambda r: r.between)
+        add, ideal = (next(r.between for r in chosen if r.method == name) for name in BASELINES[:2])
+        for r in chosen:
+            times = [f"{1e6 * value:.1f}" for value in (r.between, r.seconds, r.best, r.between - add)]
+            rows.append([f"{shape}", str(r.nfe), r.method, *times, f"{r.between / ideal:.2f}"])
+    heads = ["shape", "calls", "loop", "between, µs", "whole, µs", "best, µs", "- add, µs", "/ ideal"]
+    return _made_by(records) + "\n\n" + _markdown(heads, rows)
+
+
+def error_table(records: Sequence[WorkPrecision], columns: Sequence[int]) -> str:
+    """RMSE at the numbers of calls in `columns`, on the best grid; a table a schedule."""
+    parts = [_made_by(records)]
+    problems = list(dict.fromkeys(r.problem for r in records))
+    columns = [calls for calls in columns if any(r.calls == calls for r in records)]
+    for schedule in dict.fromkeys(r.schedule for r in records):
+        chosen = [r for r in records if r.schedule == schedule]
+        cells: dict[str, list[str]] = {}
+        for problem in problems:
+            for name, line in best([r for r in chosen if r.problem == problem], lambda r: r.method).items():
+                at = {r.calls: f"{r.rmse:.1e}" for r in line}
+                cells.setdefault(name, []).extend(at.get(calls, "") for calls in columns)
+        heads = [f"{schedule}: method", *(f"{problem}, {calls} calls" for problem in problems for calls in columns)]
+        parts.append(_markdown(heads, [[f"`{name}`", *row] for name, row in cells.items()]))
+    return "\n\n".join(parts)
+
+
+def insert(text: str, name: str, table: str) -> str:
+    """The text with what stands between the comments `begin name` and `end name` replaced."""
+    begin, end = f"<!-- draw.py: begin {name} -->", f"<!-- draw.py: end {name} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"the document has no place for the table: expected the lines {begin} and {end}")
+    return re.sub(f"(?s){re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{table}\n{end}", text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw whatever the records allow."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, nargs="+", help="JSONL files of step.py and work_precision.py")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for figures and tables")
+    parser.add_argument("--into", type=Path, help="Markdown file that has places for the tables")
+    parser.add_argument("--columns", type=int, nargs="+", default=[5, 10, 20, 50], help="calls shown in the table")
+    given = parser.parse_args(argv)
+    records = [record for path in given.records for record in read(path)]
+    steps = [r for r in records if isinstance(r, Step)]
+    runs = [r for r in records if isinstance(r, WorkPrecision)]
+    figures, tables = {}, {}
+    with plt.rc_context(STYLE):
+        if steps:
+            steps.sort(key=lambda r: prod(r.shape))
+            figures["step"], tables["step"] = draw_step(steps), step_table(steps)
+        if runs:
+            for schedule in dict.fromkeys(r.schedule for r in runs):
+                figures[f"work_precision_{schedule.lower()}"] = draw_methods(runs, schedule)
+            figures["grids"], tables["work_precision"] = draw_grids(runs), error_table(runs, given.columns)
+        given.out.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(given.out / f"{name}.png")
+            plt.close(figure)
+    for name, table in tables.items():
+        (given.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+        if given.into:
+            given.into.write_text(insert(given.into.read_text(encoding="utf-8"), name, table), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

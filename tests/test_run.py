@@ -1,0 +1,250 @@
+"""The executor: what it gives the network, what it keeps, what it reports."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import solvers as sv
+from problems import PROBLEMS, VP, generator
+from reference import law, Gaussian
+
+PLAN = sv.dpm_solver_pp(VP, sv.logsnr(VP, 6), 3)
+MODEL = PROBLEMS["eight"].model(VP)
+
+
+def noise(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=generator())
+
+
+def test_the_network_is_called_at_the_plan_s_own_times():
+    times = []
+
+    def model(x, t):
+        assert t.shape == (2,)
+        times.append(t[0].item())
+        return torch.zeros_like(x)
+
+    sv.run(PLAN, model, noise(2, 3, 5))
+    assert times == PLAN.times[:-1].tolist()
+    assert len(times) == PLAN.nfe
+
+
+def test_integer_labels_reach_the_network_as_integers():
+    schedule = sv.Discrete.linear(1000)
+    seen = []
+
+    def net(x, n):
+        seen.append(n)
+        return torch.zeros_like(x)
+
+    times = sv.trailing(schedule, 4)
+    model = sv.Model(net, label=lambda t: schedule.label(t).long())
+    sv.run(sv.ddim(schedule, times), model, noise(2, 3))
+    assert [n.tolist() for n in seen] == [[999, 999], [749, 749], [499, 499], [249, 249]]
+    assert all(n.dtype == torch.long for n in seen)
+
+
+def test_the_label_is_computed_in_float64_once_for_all_calls():
+    asked, read = [], []
+
+    def label(t):
+        asked.append(t)
+        return 1000 * t
+
+    sv.run(PLAN, sv.Model(lambda x, n: read.append(n) or torch.zeros_like(x), label=label), noise(2, 3))
+    assert len(asked) == 1
+    assert asked[0].dtype == torch.float64
+    assert torch.stack(read)[:, 0].tolist() == (1000 * PLAN.times[:-1]).tolist()
+
+
+def test_a_plan_keeps_only_the_outputs_it_still_needs():
+    kept = []
+    sv.run(PLAN, MODEL, noise(2, 8), callback=lambda state: kept.append(sorted(state.outputs)))
+    assert kept == [[0], [0, 1], [1, 2], [2, 3], [3, 4], []]
+
+
+def test_the_callback_sees_every_state_and_its_output_in_the_plan_s_form():
+    states = []
+    x = noise(2, 8)
+    sv.run(PLAN, MODEL, x, callback=states.append)
+    assert [state.call for state in states] == [1, 2, 3, 4, 5, 6]
+    data = PROBLEMS["eight"].data(x, PLAN.alpha[0], PLAN.sigma[0])
+    assert_close(states[0].outputs[0], data, rtol=1e-10, atol=1e-10)
+
+
+def test_a_progress_bar_is_shown_when_asked(capsys):
+    sv.run(PLAN, MODEL, noise(2, 8))
+    assert capsys.readouterr().err == ""
+    sv.run(PLAN, MODEL, noise(2, 8), progress=True)
+    assert "6/6" in capsys.readouterr().err
+
+
+def test_no_graph_unless_asked():
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    plain = sv.run(PLAN, lambda x, t: weight * MODEL(x, t), noise(2, 8))
+    assert not plain.requires_grad
+    asked = sv.run(PLAN, lambda x, t: weight * x, noise(2, 8), grad=True)
+    (slope,) = torch.autograd.grad(asked.sum(), weight)
+    assert slope.isfinite()
+
+
+@pytest.mark.parametrize(("bad", "call"), [(math.nan, 0), (math.inf, 2), (-math.inf, 5)])
+def test_a_non_finite_output_is_reported_where_it_happens(bad, call):
+    calls = []
+
+    def model(x, t):
+        calls.append(t)
+        out = torch.zeros_like(x)
+        if len(calls) == call + 1:
+            out[2, 1] = bad
+            out[3, 0] = bad
+        return out
+
+    with pytest.raises(sv.NonFiniteError, match=rf"call {call} of 6 .*samples \[2, 3\]; the x it was given is finite") as caught:
+        sv.run(PLAN, model, noise(4, 3))
+    error = caught.value
+    assert (error.call, error.samples) == (call, [2, 3])
+    assert error.time == PLAN.times[call].item()
+    assert error.half_logsnr == pytest.approx(VP.half_logsnr(PLAN.times[call]).item())
+    assert len(calls) == call + 1
+
+
+def test_opposite_infinities_and_huge_finite_values_are_told_apart():
+    def opposite(x, t):
+        return torch.tensor([[math.inf, -math.inf, 0.0]]).expand(2, 3)
+
+    with pytest.raises(sv.NonFiniteError):
+        sv.run(PLAN, opposite, noise(2, 3, dtype=torch.float32))
+    huge = sv.run(sv.ddim(VP, sv.logsnr(VP, 1)), lambda x, t: torch.full_like(x, 1e36), noise(2, 300, dtype=torch.float32))
+    assert huge.isfinite().all()
+
+
+def test_an_error_of_the_model_keeps_its_type_and_says_where():
+    def model(x, t):
+        raise KeyError("prompt")
+
+    with pytest.raises(KeyError) as caught:
+        sv.run(PLAN, model, noise(2, 3))
+    assert "call 0 of 6, t = 1" in caught.value.__notes__[0]
+
+
+def test_float32_follows_float64_to_rounding():
+    data = PROBLEMS["eight"]
+    x = noise(64, 8)
+    for steps in (16, 256):
+        plan = sv.dpm_solver_pp(VP, sv.logsnr(VP, steps))
+        double = sv.run(plan, data.model(VP), x)
+        single = sv.run(plan, data.model(VP), x.float())
+        assert single.dtype == torch.float32
+        assert ((single - double).norm() / double.norm()) < 2e-5
+
+
+def test_the_network_gets_the_dtype_that_was_passed_and_the_state_stays_float32():
+    seen = []
+
+    def net(x, t):
+        seen.append((x.dtype, t.dtype))
+        return x * 0.1
+
+    out = sv.run(PLAN, net, noise(2, 3).bfloat16())
+    assert out.dtype == torch.float32
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+
+
+def test_channels_last_and_strided_states_give_the_same_samples():
+    x = noise(2, 4, 6, 6)
+    plain = sv.run(PLAN, lambda x, t: x.sin(), x)
+    last = sv.run(PLAN, lambda x, t: x.sin(), x.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(plain, last)
+    strided = torch.cat([x, x], 3)[..., ::2]
+    assert torch.equal(sv.run(PLAN, lambda x, t: x.sin(), strided), sv.run(PLAN, lambda x, t: x.sin(), strided.clone()))
+    broadcast = sv.run(PLAN, lambda x, t: torch.zeros(1, 1, 1, 1, dtype=x.dtype).expand_as(x), x)
+    assert torch.equal(broadcast, sv.run(PLAN, lambda x, t: torch.zeros_like(x), x))
+
+
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity", "edm"])
+def test_the_rows_agree_with_the_textbook_sum_for_every_conversion(predicts):
+    """Also where the executor goes through its shortcuts: a network in the plan's own form, or one that hardly sees x."""
+    data = PROBLEMS["eight"]
+    schedule = sv.EDM()
+    plan = sv.exponential_adams(schedule, sv.logsnr(schedule, 7), 3, "data")
+    x = 80 * noise(5, 8)
+    y, outputs = x, []
+    for i in range(plan.nfe):
+        outputs.append(data.data(y, plan.alpha[i], plan.sigma[i]))
+        y = plan.a[i] * y + sum(plan.b[i, j] * outputs[i - j] for j in range(min(i + 1, plan.window)))
+    got = sv.run(plan, sv.Model(data.model(schedule, predicts), predicts=predicts), x)
+    assert_close(got, y, rtol=1e-10, atol=1e-10)
+
+
+def test_stochastic_runs_have_the_law_of_their_table_and_repeat():
+    data = Gaussian(torch.tensor([0.5, -1.0]), torch.diag(torch.tensor([0.05, 2.0])))
+    plan = sv.ddim(VP, sv.logsnr(VP, 6), eta=1.0)
+    n = 20_000
+    x = data.marginal(plan.alpha[0].item(), plan.sigma[0].item()).draw(n, generator())
+    out = sv.run(plan, data.model(VP), x, noise=3)
+    predicted = law(plan, data)
+    deviation = predicted.cov.diagonal().sqrt()
+    assert ((out.mean(0) - predicted.mean) / deviation * n**0.5).abs().max() < 4.5
+    assert ((out.var(0) / deviation**2 - 1) * (n / 2) ** 0.5).abs().max() < 4.5
+    few = slice(0, 7)
+    again = sv.run(plan, data.model(VP), x[few], noise=sv.noise.per_sample(3, range(7)))
+    assert_close(again, out[few], rtol=1e-13, atol=1e-13)
+    by_generator = [sv.run(plan, data.model(VP), x[few], noise=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*by_generator)
+
+
+def test_noise_per_sample_does_not_know_its_batch():
+    like = torch.zeros(3, 2, 5)
+    together = sv.noise.per_sample(0, [4, 9, 2])(1, like)
+    alone = sv.noise.per_sample(0, [9])(1, like[:1])
+    assert torch.equal(together[1:2], alone)
+    source = sv.noise.per_sample(0, range(200))
+    first, second, start = source(0, torch.zeros(200, 50)), source(1, torch.zeros(200, 50)), source.initial(50)
+    for a, b in ((first, second), (first, start), (first[:-1], first[1:])):
+        assert (a * b).mean().abs() < 4.5 / a.numel() ** 0.5
+    assert abs(first.var() - 1) < 4.5 * (2 / first.numel()) ** 0.5
+
+
+def test_sample_is_run_on_a_good_default():
+    x = noise(2, 8)
+    assert torch.equal(sv.sample(MODEL, x, VP, steps=9), sv.run(sv.dpm_solver_pp(VP, sv.logsnr(VP, 9), 2), MODEL, x))
+    flow = sv.Flow()
+    velocity = sv.Model(PROBLEMS["eight"].model(flow, "flow"), predicts="flow")
+    ended = sv.sample(velocity, x, flow, steps=9)
+    assert torch.equal(ended, sv.run(sv.dpm_solver_pp(flow, sv.uniform(flow, 9), 2), velocity, x))
+    assert_close(ended, PROBLEMS["eight"].flow(x, flow, 1.0, 0.0), atol=0.15, rtol=0)
+
+
+def test_noised_is_the_forward_marginal():
+    x0, eps = noise(2, 3), noise(2, 3).flip(0)
+    t = torch.tensor(0.3, dtype=torch.float64)
+    assert_close(sv.noised(x0, VP, 0.3, eps), VP.alpha(t) * x0 + VP.sigma(t) * eps)
+
+
+@pytest.mark.parametrize("have", ["noise", "data", "velocity", "score", "edm"])
+@pytest.mark.parametrize("want", ["noise", "data", "velocity", "score", "edm"])
+def test_convert_turns_any_prediction_into_any_other(have, want):
+    alpha, sigma = 0.6, 0.9  # not variance preserving: velocity needs its denominator alpha^2 + sigma^2
+    x0, eps = noise(2, 3), noise(2, 3).flip(0)
+    x = alpha * x0 + sigma * eps
+    norm = math.hypot(sigma, 0.5 * alpha)
+    values = {
+        "noise": eps,
+        "data": x0,
+        "velocity": alpha * eps - sigma * x0,
+        "score": -eps / sigma,
+        "edm": (x0 - 0.25 * alpha / norm**2 * x) * norm / (0.5 * sigma),
+    }
+    got = sv.convert(values[have], x, alpha, sigma, have=have, want=want)
+    assert_close(got, values[want], rtol=1e-12, atol=1e-12)
+
+
+def test_convert_refuses_what_the_level_does_not_determine():
+    with pytest.raises(ValueError, match="a noise prediction does not determine data at alpha = 0"):
+        sv.convert(noise(2), noise(2), 0.0, 1.0, have="noise", want="data")
+    same = noise(2)
+    assert torch.equal(sv.convert(same, noise(2), 0.0, 1.0, have="noise", want="noise"), same)
