@@ -6,7 +6,7 @@ python benchmarks/draw.py results/*.jsonl --out results --into docs/benchmarks.m
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from math import prod
 from pathlib import Path
 
@@ -14,11 +14,21 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from records import Step, WorkPrecision, read
 
-COLOURS = {1: "#7f7f7f", 2: "#0072b2", 3: "#d55e00", 4: "#009e73"}  # by order; Okabe & Ito, safe for the colour-blind
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+)  # Okabe & Ito: safe for the colour-blind
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -30,9 +40,15 @@ STYLE = {
     "savefig.dpi": 160,
 }
 BASELINES = ("one torch.add_", "ideal single pass", "diffusers 2M")  # grey in the figure: not ours
-WORST = 3.0  # errors above are of no interest: the data has variance of order 1
+TICKS = (5, 10, 20, 50, 100)
+WORST = 1.0
 
 Lines = dict[str, list[WorkPrecision]]
+
+
+def unique(records: Sequence[Step | WorkPrecision], name: str) -> list[str]:
+    """The values of one field in the order in which they come."""
+    return list(dict.fromkeys(getattr(r, name) for r in records))
 
 
 def best(records: Sequence[WorkPrecision], name: Callable[[WorkPrecision], str]) -> Lines:
@@ -54,57 +70,77 @@ def merged(panels: dict[str, Lines]) -> dict[str, list[str]]:
     return {names[0]: names for names in curves.values()}
 
 
-def _error_axes(axes: Axes, title: str, first: bool) -> None:
-    axes.set(xscale="log", yscale="log", title=title, xlabel="model calls")
-    axes.set_ylabel("RMSE against the exact flow" if first else "")
-    axes.set_ylim(top=WORST)
-    ticks = [5, 10, 20, 50, 100]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.xaxis.minorticks_off()
-    axes.grid(True)
-
-
-def _panels(columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
+def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """Axes [rows, columns] of error against calls, on common scales."""
+    size = (3.1 * columns + 0.5, 2.5 * rows + 0.9)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns + 0.4, 3.1 * rows + 0.9), sharey="row", squeeze=False, layout="constrained"
+        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    return figure, list(axes.flat)
+    for panel in axes.flat:
+        panel.set(xscale="log", yscale="log")
+        panel.xaxis.set_major_locator(FixedLocator(TICKS))
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.grid(True)
+    for panel in axes[-1]:
+        panel.set_xlabel("model calls")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("RMSE against the exact flow")
+    return figure, axes
+
+
+def _plot(panel: Axes, line: Sequence[WorkPrecision], **style) -> None:
+    """A line from where it is of interest: the data has a variance of order 1."""
+    line = [r for r in line if r.rmse < WORST]
+    panel.plot([r.nfe for r in line], [r.rmse for r in line], **style)
+
+
+def _legend(panel: Axes, title: str) -> None:
+    """To the right of a row of panels."""
+    panel.legend(title=title, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, alignment="left")
 
 
 def draw_methods(records: Sequence[WorkPrecision], schedule: str) -> Figure:
-    """Error against calls, a panel a problem, a line a method on the grid that suits it best; coloured by order."""
+    """Error against calls, each method on the grid that suits it best: a column a problem, a row an order."""
     records = [r for r in records if r.schedule == schedule]
-    problems = list(dict.fromkeys(r.problem for r in records))
-    panels = {p: best([r for r in records if r.problem == p], lambda r: r.method) for p in problems}
-    figure, axes = _panels(len(problems))
+    panels = {
+        p: best([r for r in records if r.problem == p], lambda r: r.method)
+        for p in unique(records, "problem")
+    }
+    frontier = {
+        p: best([r for r in records if r.problem == p], lambda r: "best of all")["best of all"]
+        for p in panels
+    }
     names = merged(panels)
     order = {r.method: r.order for r in records}
-    markers = {q: cycle("os^Dv<>P") for q in set(order.values())}
+    rows: dict[int, list[str]] = {}
     for name in sorted(names, key=order.__getitem__):
-        style = {"color": COLOURS.get(order[name], "black"), "marker": next(markers[order[name]])}
-        label = f"{' = '.join(names[name])} ({order[name]})"
-        for i, (problem, panel) in enumerate(zip(problems, axes, strict=True)):
-            line = panels[problem].get(name, [])
-            panel.plot([r.nfe for r in line], [r.rmse for r in line], label=label if i == 0 else None, **style)
-    for i, (problem, panel) in enumerate(zip(problems, axes, strict=True)):
-        _error_axes(panel, f"{problem}, {schedule}", first=i == 0)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, title="method (order), each on its best grid")
+        rows.setdefault(max(order[name], 2), []).append(name)  # first order stands with the second
+    figure, axes = _panels(len(rows), len(panels))
+    dashed = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 3)), "label": "best of all"}
+    for row, mine in zip(axes, rows.values(), strict=True):
+        for (problem, lines), panel in zip(panels.items(), row, strict=True):
+            _plot(panel, frontier[problem], **dashed)
+            for name, colour, marker in zip(mine, cycle(COLOURS), cycle("os^Dv<>P"), strict=False):
+                label = "\n= ".join(names[name])
+                _plot(panel, lines.get(name, []), color=colour, marker=marker, label=label)
+        title = "order " + " and ".join(str(q) for q in sorted({order[name] for name in mine}))
+        _legend(row[-1], title)
+    for panel, problem in zip(axes[0], panels, strict=True):
+        panel.set_title(f"{problem}, {schedule}")
     return figure
 
 
 def draw_grids(records: Sequence[WorkPrecision]) -> Figure:
-    """Error against calls, a row a schedule, a panel a problem, a line a grid with the method that suits it best."""
-    schedules, problems = (list(dict.fromkeys(getattr(r, n) for r in records)) for n in ("schedule", "problem"))
-    figure, axes = _panels(len(problems), len(schedules))
-    places = [(s, p) for s in schedules for p in problems]
-    for i, ((schedule, problem), panel) in enumerate(zip(places, axes, strict=True)):
-        chosen = [r for r in records if (r.schedule, r.problem) == (schedule, problem)]
-        lines = best(chosen, lambda r: r.grid)
-        for (grid, line), colour, marker in zip(lines.items(), cycle(COLOURS.values()), cycle("os^D"), strict=False):
-            label = grid if i == 0 else None
-            panel.plot([r.nfe for r in line], [r.rmse for r in line], color=colour, marker=marker, label=label)
-        _error_axes(panel, f"{problem}, {schedule}", first=i % len(problems) == 0)
-    figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, title="grid, with its best method")
+    """Error against calls, each grid with the method that suits it best: a column a problem, a row a schedule."""
+    schedules, problems = unique(records, "schedule"), unique(records, "problem")
+    figure, axes = _panels(len(schedules), len(problems))
+    for (schedule, problem), panel in zip(product(schedules, problems), axes.flat, strict=True):
+        lines = best([r for r in records if (r.schedule, r.problem) == (schedule, problem)], lambda r: r.grid)
+        for (grid, line), colour, marker in zip(lines.items(), cycle(COLOURS), cycle("os^D"), strict=False):
+            _plot(panel, line, color=colour, marker=marker, label=grid)
+        panel.set_title(f"{problem}, {schedule}")
+    _legend(axes[0, -1], "grid, with its best method")
     return figure
 
 
@@ -112,18 +148,29 @@ def draw_step(records: Sequence[Step]) -> Figure:
     """Time per call over the time of the ideal pass, a panel a shape; log scale."""
     shapes = list(dict.fromkeys(tuple(r.shape) for r in records))
     figure, axes = plt.subplots(
-        1, len(shapes), figsize=(3.2 * len(shapes) + 1.2, 2.9), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(shapes),
+        figsize=(3.2 * len(shapes) + 1.2, 2.9),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for shape, panel in zip(shapes, axes.flat, strict=True):
         chosen = [r for r in records if tuple(r.shape) == shape]
         ideal = next(r.between for r in chosen if r.method == BASELINES[1])
-        colours = ["#b0b0b0" if r.method in BASELINES else COLOURS[2] for r in chosen]
+        colours = ["#b0b0b0" if r.method in BASELINES else COLOURS[0] for r in chosen]
         ratios = [r.between / ideal for r in chosen]
         bars = panel.barh([r.method for r in chosen], ratios, color=colours, height=0.7)
-        panel.bar_label(bars, [f"{ratio:.2g}x  {_time(r.between)}" for r, ratio in zip(chosen, ratios, strict=True)], padding=3, fontsize=8)
-        panel.set(xscale="log", title="(" + ", ".join(map(str, shape)) + ")", xlabel="time per call / ideal single pass")
-        panel.set_xlim(0.3, 30 * max(ratios))
-        panel.axvline(1, color="black", linewidth=0.7)
+        labels = [f"{ratio:.2g}x  {_time(r.between)}" for r, ratio in zip(chosen, ratios, strict=True)]
+        for label in panel.bar_label(bars, labels, padding=4, fontsize=8):
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        panel.set(
+            xscale="log",
+            title="(" + ", ".join(map(str, shape)) + ")",
+            xlabel="time per call / ideal single pass",
+        )
+        panel.set_xlim(0.3, 15 * max(ratios))
+        panel.axvline(1, color="black", linewidth=0.7, zorder=0)
         panel.tick_params(axis="y", length=0)
     axes[0, 0].invert_yaxis()
     return figure
@@ -160,16 +207,19 @@ def step_table(records: Sequence[Step]) -> str:
 def error_table(records: Sequence[WorkPrecision], columns: Sequence[int]) -> str:
     """RMSE at the numbers of calls in `columns`, on the best grid; a table a schedule."""
     parts = [_made_by(records)]
-    problems = list(dict.fromkeys(r.problem for r in records))
+    problems = unique(records, "problem")
     columns = [calls for calls in columns if any(r.calls == calls for r in records)]
-    for schedule in dict.fromkeys(r.schedule for r in records):
+    for schedule in unique(records, "schedule"):
         chosen = [r for r in records if r.schedule == schedule]
         cells: dict[str, list[str]] = {}
         for problem in problems:
             for name, line in best([r for r in chosen if r.problem == problem], lambda r: r.method).items():
                 at = {r.calls: f"{r.rmse:.1e}" for r in line}
                 cells.setdefault(name, []).extend(at.get(calls, "") for calls in columns)
-        heads = [f"{schedule}: method", *(f"{problem}, {calls} calls" for problem in problems for calls in columns)]
+        heads = [
+            f"{schedule}: method",
+            *(f"{problem}, {calls} calls" for problem in problems for calls in columns),
+        ]
         parts.append(_markdown(heads, [[f"`{name}`", *row] for name, row in cells.items()]))
     return "\n\n".join(parts)
 
@@ -184,11 +234,15 @@ def insert(text: str, name: str, table: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Draw whatever the records allow."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("records", type=Path, nargs="+", help="JSONL files of step.py and work_precision.py")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for figures and tables")
     parser.add_argument("--into", type=Path, help="Markdown file that has places for the tables")
-    parser.add_argument("--columns", type=int, nargs="+", default=[5, 10, 20, 50], help="calls shown in the table")
+    parser.add_argument(
+        "--columns", type=int, nargs="+", default=[5, 10, 20, 50], help="calls shown in the table"
+    )
     given = parser.parse_args(argv)
     records = [record for path in given.records for record in read(path)]
     steps = [r for r in records if isinstance(r, Step)]
@@ -199,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
             steps.sort(key=lambda r: prod(r.shape))
             figures["step"], tables["step"] = draw_step(steps), step_table(steps)
         if runs:
-            for schedule in dict.fromkeys(r.schedule for r in runs):
+            for schedule in unique(runs, "schedule"):
                 figures[f"work_precision_{schedule.lower()}"] = draw_methods(runs, schedule)
             figures["grids"], tables["work_precision"] = draw_grids(runs), error_table(runs, given.columns)
         given.out.mkdir(parents=True, exist_ok=True)
@@ -209,7 +263,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, table in tables.items():
         (given.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
         if given.into:
-            given.into.write_text(insert(given.into.read_text(encoding="utf-8"), name, table), encoding="utf-8")
+            given.into.write_text(
+                insert(given.into.read_text(encoding="utf-8"), name, table), encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python benchmarks/step.py --out results/step.jsonl
 import argparse
 import copy
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -68,13 +69,17 @@ def loops(shape: tuple[int, ...], calls: int, seed: int) -> tuple[Net, dict[str,
 
 
 def _diffusers(net: Net, x: Tensor, calls: int) -> Callable[[], Tensor]:
-    from diffusers import DPMSolverMultistepScheduler
+    with warnings.catch_warnings(action="ignore"):  # set_timesteps falls foul of NumPy 2
+        from diffusers import DPMSolverMultistepScheduler
 
-    scheduler = DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++")
-    scheduler.set_timesteps(calls)
+        scheduler = DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++")
+        scheduler.set_timesteps(calls)
 
     def loop() -> Tensor:
-        fresh, sample = copy.copy(scheduler), x  # before its first step: set_timesteps is outside the clock, as plans are
+        fresh, sample = (
+            copy.copy(scheduler),
+            x,
+        )  # before its first step: set_timesteps is outside the clock, as plans are
         for t in fresh.timesteps:
             sample = fresh.step(net(sample, t), t, sample, return_dict=False)[0]
         return sample
@@ -118,7 +123,9 @@ def table(records: list[Step]) -> str:
     lines += [f"{'':28}{'median':>10}{'best':>10}{'between':>10}{'- add':>10}{'/ ideal':>10}"]
     for r in records:
         micro = [1e6 * value for value in (r.seconds, r.best, r.between, r.between - add.between)]
-        lines += [f"{r.method:28}" + "".join(f"{v:10.1f}" for v in micro) + f"{r.between / ideal.between:10.2f}"]
+        lines += [
+            f"{r.method:28}" + "".join(f"{v:10.1f}" for v in micro) + f"{r.between / ideal.between:10.2f}"
+        ]
     return "\n".join(lines)
 
 
@@ -131,9 +138,13 @@ def _records(cases: dict[tuple[int, ...], tuple[int, int]], seed: int) -> Iterat
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/step.jsonl"))
-    parser.add_argument("--shape", action="append", help="e.g. 1x4x64x64; may be repeated; default: three sizes")
+    parser.add_argument(
+        "--shape", action="append", help="e.g. 1x4x64x64; may be repeated; default: three sizes"
+    )
     parser.add_argument("--calls", type=int, help="calls in a run; default: 50, or 10 for the largest")
     parser.add_argument("--rounds", type=int, help="runs of each; default: 100, 40, 8")
     parser.add_argument("--seed", type=int, default=0)

@@ -28,7 +28,9 @@ def ring() -> Mixture:
     """Five Gaussians of unequal weight on a circle in the plane."""
     angles = [2 * pi * k / 5 for k in range(5)]
     means = torch.tensor([[cos(v), sin(v)] for v in angles], dtype=torch.float64)
-    return Mixture(torch.arange(1, 6) / 15, means, 0.15**2 * torch.eye(2, dtype=torch.float64).expand(5, 2, 2))
+    return Mixture(
+        torch.arange(1, 6) / 15, means, 0.15**2 * torch.eye(2, dtype=torch.float64).expand(5, 2, 2)
+    )
 
 
 def cloud() -> Mixture:
@@ -54,7 +56,9 @@ def start(data: Distribution, schedule: sv.Schedule, starts: int, seed: int) -> 
     return sv.noised(x0, schedule, schedule.start, torch.randn(x0.shape, dtype=x0.dtype, generator=generator))
 
 
-def plan_within(method: Method, schedule: sv.Schedule, grid: Callable[..., Tensor], calls: int) -> sv.Plan | None:
+def plan_within(
+    method: Method, schedule: sv.Schedule, grid: Callable[..., Tensor], calls: int
+) -> sv.Plan | None:
     """The plan with the most steps that makes at most `calls` calls; None if one step is too many."""
     for steps in range(calls // method.calls_per_step, 0, -1):
         plan = method.build(schedule, grid(schedule, steps))
@@ -97,16 +101,35 @@ def records(
                 end = sv.run(plan, model, x)
                 seconds = perf_counter() - began
                 yield WorkPrecision(
-                    name, METHODS[name].order, grid, schedule_name, problem, asked, plan.nfe, *errors(end, exact), seconds, n, seed
+                    name,
+                    METHODS[name].order,
+                    grid,
+                    schedule_name,
+                    problem,
+                    asked,
+                    plan.nfe,
+                    *errors(end, exact),
+                    seconds,
+                    n,
+                    seed,
                 )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the chosen combinations and write their records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/work_precision.jsonl"))
-    for option, choices in (("problems", PROBLEMS), ("schedules", SCHEDULES), ("grids", GRIDS), ("methods", METHODS)):
-        parser.add_argument(f"--{option}", nargs="+", choices=list(choices), default=list(choices), metavar=option[:-1])
+    for option, choices in (
+        ("problems", PROBLEMS),
+        ("schedules", SCHEDULES),
+        ("grids", GRIDS),
+        ("methods", METHODS),
+    ):
+        parser.add_argument(
+            f"--{option}", nargs="+", choices=list(choices), default=list(choices), metavar=option[:-1]
+        )
     parser.add_argument("--calls", nargs="+", type=int, default=CALLS, metavar="n")
     parser.add_argument("--starts", type=int, help="trajectories per problem; default: 256, 128, 8")
     parser.add_argument("--seed", type=int, default=0)

@@ -181,7 +181,7 @@ def compare(
 
     if not records:
         raise ValueError(f"no step of {', '.join(names)} fits in {budgets[-1]} calls: raise --calls")
-    Console().print(error_table(records, names, budgets, key))
+    show(error_table(records, names, budgets, key))
     lines = "".join(json.dumps(record) + "\n" for record in records)
     files: Files = {
         "records.jsonl": lambda path: path.write_text(lines, encoding="utf-8"),
@@ -258,7 +258,8 @@ def order(
     x0, noise = data.draw(256, draws), torch.randn(256, 1, dtype=torch.float64, generator=draws)
     x = sv.noised(x0, schedule, start, noise)
 
-    table = Table("method", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
     for head in ("calls/step", "declared", *TOLERANCES):
         table.add_column(head, justify="right")
     short = []
@@ -273,7 +274,7 @@ def order(
             cells.append(f"{slope:.2f}" if kept else f"[bold red]{slope:.2f}[/]")
             short += [] if kept else [f"{name} ({spacing.__name__})"]
         table.add_row(name, str(promise.calls_per_step), str(promise.order), *cells)
-    Console().print(table)
+    show(table)
     if short:
         raise ValueError(f"the measured order falls short of the declared one: {', '.join(short)}")
 
@@ -402,9 +403,10 @@ def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list
         text = f"[bold]{text}[/]" if record[key] <= max(best[record["calls"]], known) else text
         return text if record["nfe"] == record["calls"] else f"{text} [dim]({record['nfe']})[/]"
 
-    table = Table("calls", box=box.SIMPLE_HEAD, caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
+    table.add_column("calls", no_wrap=True)
     for budget in budgets:
-        table.add_column(str(budget), justify="right", no_wrap=True)
+        table.add_column(str(budget), justify="right")
     for solver in solvers:
         table.add_row(solver, *(cell(runs.get((solver, budget))) for budget in budgets))
     over = "median of" if key == "median_error" else "over all"
@@ -414,6 +416,11 @@ def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list
         f"{some['resolution']:.0e}). Bold: best of the column. (n): calls made, where not all fit."
     )
     return table
+
+
+def show(table: Table) -> None:
+    """Print a table, into a file as wide as it needs."""
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def versions() -> dict[str, str]:
@@ -448,7 +455,7 @@ def picked(option: str, name: str, known: Mapping[str, T]) -> T:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        refuse(option, f"{name!r} is unknown; {hint}Expected one of {', '.join(known)}")
+        refuse(option, f"{name!r} is unknown; {hint}expected one of {', '.join(known)}")
     return known[name]
 
 

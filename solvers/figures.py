@@ -113,7 +113,8 @@ def gallery(rows: Mapping[str, Tensor], title: str, notes: Sequence[str] = ()) -
     tiles = torch.nn.functional.pad(images, (0, gap, 0, gap), value=0.82)
     picture = tiles.permute(0, 3, 1, 4, 2).reshape(count * (height + gap), columns * (width + gap), channels)
     tall = 0.62 * height / width
-    figure = Figure(figsize=(0.62 * columns + 3, tall * count + 0.5), layout="constrained", dpi=150)
+    margin = 3 if any(name.strip() for name in rows) else 0.3
+    figure = Figure(figsize=(0.62 * columns + margin, tall * count + 0.5), layout="constrained", dpi=150)
     axes = figure.add_subplot()
     axes.imshow(picture[:-gap, :-gap].expand(-1, -1, 3).numpy(), interpolation="nearest")
     middles = [row * (height + gap) + height / 2 - 0.5 for row in range(count)]

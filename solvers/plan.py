@@ -54,9 +54,11 @@ class Plan:
     predicts: str = "data"
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.c.numel() == 0:
             object.__setattr__(self, "c", torch.zeros(len(self.a), 0, dtype=torch.float64))
-        self._check_fields()
+        self._check_shapes()
+        self._check_values()
         self._check_reach("b", self.b)
         self._check_reach("c", self.c)
         self._check_consistency()
@@ -129,6 +131,8 @@ class Plan:
         Raises:
             ValueError: the ends do not meet, or the forms differ.
         """
+        if not isinstance(other, Plan):
+            return NotImplemented
         mine, theirs = ([float(v[i]) for v in (p.times, p.alpha, p.sigma)] for p, i in ((self, -1), (other, 0)))
         if mine != theirs:
             raise ValueError(f"plans do not meet: one ends at (t, alpha, sigma) = {mine}, the next starts at {theirs}")
@@ -171,6 +175,8 @@ class Plan:
         Raises:
             ValueError: not such a text: unknown, missing or repeated fields, numbers that are not finite, wrong sizes.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"plan text is {type(text).__name__}: expected str, as to_json gives it")
         if len(text) > MAX_BYTES:
             raise ValueError(f"plan text has {len(text)} characters: expected at most {MAX_BYTES}")
         try:
@@ -225,31 +231,42 @@ class Plan:
     def _arrays(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in _ARRAYS)
 
-    def _check_fields(self) -> None:
+    def _check_types(self) -> None:
         if self.predicts not in FORMS:
             raise ValueError(f"predicts = {self.predicts!r}: expected one of {', '.join(map(repr, FORMS))}")
-        rows = len(self.a)
-        if rows < 1:
-            raise ValueError("a plan needs at least one row")
-        shapes = {"times": [rows + 1], "alpha": [rows + 1], "sigma": [rows + 1], "a": [rows]}
         for name, array in zip(_ARRAYS, self._arrays(), strict=True):
             if not isinstance(array, Tensor) or array.dtype != torch.float64 or array.device.type != "cpu":
                 kind = f"{array.dtype} on {array.device}" if isinstance(array, Tensor) else type(array).__name__
                 raise TypeError(f"{name} is {kind}: expected a float64 tensor on the CPU")
-            if name in shapes and list(array.shape) != shapes[name]:
-                raise ValueError(f"{name} has shape {list(array.shape)}: expected {shapes[name]}, as a has {rows} rows")
-            if name not in shapes and (array.ndim != 2 or len(array) != rows or (name == "b" and array.shape[1] < 1)):
-                raise ValueError(f"{name} has shape {list(array.shape)}: expected [{rows}, columns], as a has {rows} rows")
-            if not array.isfinite().all():
-                where = [int(i) for i in (~array.isfinite()).nonzero()[0]]
-                raise ValueError(f"{name}{where} = {array[tuple(where)]:g}: every entry must be finite")
-        for name in ("alpha", "sigma"):
-            if (getattr(self, name) < 0).any():
-                raise ValueError(f"{name} must not be negative")
+        if self.a.ndim != 1 or len(self.a) < 1:
+            raise ValueError(f"a has shape {list(self.a.shape)}: expected [N] with at least one row")
+
+    def _check_shapes(self) -> None:
+        rows = len(self.a)
+        for name in ("times", "alpha", "sigma"):
+            if list(getattr(self, name).shape) != [rows + 1]:
+                shape = list(getattr(self, name).shape)
+                raise ValueError(f"{name} has shape {shape}: expected {[rows + 1]}, as a has {rows} rows")
+        for name, least in (("b", 1), ("c", 0)):
+            array = getattr(self, name)
+            if array.ndim != 2 or len(array) != rows or array.shape[1] < least:
+                raise ValueError(
+                    f"{name} has shape {list(array.shape)}: expected [{rows}, columns], as a has {rows} rows"
+                )
+
+    def _check_values(self) -> None:
+        for name, array in zip(_ARRAYS, self._arrays(), strict=True):
+            bad = ~array.isfinite() | (array < 0 if name in ("alpha", "sigma") else False)
+            if bad.any():
+                where = [int(i) for i in bad.nonzero()[0]]
+                value = array[tuple(where)].item()
+                raise ValueError(f"{name}{where} = {value:g}: every entry must be finite, of alpha and sigma not negative")
         steps = self.times.diff()
         if not ((steps <= 0).all() or (steps >= 0).all()):
             i = int((steps > 0).nonzero()[0])
-            raise ValueError(f"times must not turn back: times[{i}] = {self.times[i]:g} is followed by {self.times[i + 1]:g}")
+            raise ValueError(
+                f"times must not turn back: times[{i}] = {self.times[i]:g} is followed by {self.times[i + 1]:g}"
+            )
 
     def _check_reach(self, name: str, array: Tensor) -> None:
         i, j = torch.meshgrid(torch.arange(len(array)), torch.arange(array.shape[1]), indexing="ij")

@@ -60,6 +60,11 @@ class State:
     draws: dict[int, Tensor] = field(default_factory=dict)
     input_dtype: torch.dtype = torch.float32
 
+    def clone(self) -> "State":
+        """A copy that shares no memory."""
+        outputs, draws = ({n: v.clone() for n, v in held.items()} for held in (self.outputs, self.draws))
+        return State(self.x.clone(), self.call, outputs, draws, self.input_dtype)
+
 
 def run(
     plan: Plan,
@@ -94,8 +99,10 @@ def run(
             a stochastic plan has no noise; a model output has the wrong shape or device.
         NonFiniteError: a model output is not finite.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan is {type(plan).__name__}: expected a Plan, e.g. dpm_solver_pp(schedule, times)")
     model = as_model(model)
-    state = x if isinstance(x, State) else _start(x, grad)
+    state = _resumed(plan, x) if isinstance(x, State) else _start(x, grad)
     source = _source(plan, noise, len(state.x))
     rows = _rows(plan, model)
     if len(state.x) == 0:
@@ -111,6 +118,8 @@ def trajectory(
 ) -> Tensor:
     """Execute a plan and keep the state at every time: [N+1, B, ...]. Arguments and errors as for `run`."""
     states = [_start(x, grad=False).x]
+    if len(x) == 0:
+        return states[0].expand(plan.nfe + 1, *x.shape).clone()
     run(plan, model, x, noise, callback=lambda state: states.append(state.x), progress=progress)
     return torch.stack(states)
 
@@ -140,6 +149,10 @@ def sample(
     Returns:
         Samples, [B, ...], float32 or float64.
     """
+    if not callable(method):
+        raise TypeError(f"method = {method!r:.100}: expected (schedule, times) -> Plan, e.g. method=sv.ddim")
+    if not (grid is None or callable(grid)):
+        raise TypeError(f"grid = {grid!r:.100}: expected (schedule, steps) -> times, e.g. grid=sv.karras")
     if grid is None:
         ends = schedule.half_logsnr(torch.tensor([schedule.start, schedule.stop], dtype=torch.float64))
         grid = logsnr if ends.isfinite().all() else uniform
@@ -178,26 +191,34 @@ def _rows(plan: Plan, model: Model) -> list[_Row]:
             f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow"
         )
     b0 = plan.b[:, 0]
-    x_weight, output_weight = plan.a + b0 * from_x, b0 * from_m
-    # x = (kept - from_m m) / from_x, as good as x itself unless its terms outgrow it
-    growth = (from_m / from_x).abs() * torch.hypot(*have) / torch.hypot(calls[1], calls[2])
-    swap_kept, swap_output = b0 + plan.a / from_x, -plan.a * from_m / from_x
     last_use = _last_use(plan.b)
-    labels = _labels(model, calls[0])
-    scales = model.input_scale(*calls[1:]).tolist()
+    # x = (kept - from_m m) / from_x is as good as x itself unless its terms outgrow it
+    swap = torch.stack([b0 + plan.a / from_x, -plan.a * from_m / from_x], 1).tolist()
+    growth = (from_m / from_x).abs() * torch.hypot(*have) / torch.hypot(*calls[1:])
+    can_swap = (growth < 4).tolist()
+    per_row = zip(
+        _labels(model, calls[0]),
+        model.input_scale(*calls[1:]).tolist(),
+        (plan.a + b0 * from_x).tolist(),
+        (b0 * from_m).tolist(),
+        plan.b.tolist(),
+        plan.c.tolist(),
+        torch.stack([from_x, from_m], 1).tolist(),
+        strict=True,
+    )
     return [
         _Row(
-            labels[i],
-            scales[i],
-            float(x_weight[i]),
-            float(output_weight[i]),
-            [(i - j, w) for j, w in enumerate(plan.b[i].tolist()) if j and w],
-            [(i - k, w) for k, w in enumerate(plan.c[i].tolist()) if w],
-            (float(from_x[i]), float(from_m[i])) if last_use[i] > i else None,
-            (float(swap_kept[i]), float(swap_output[i])) if growth[i] < 4 and last_use[i] > i else None,
+            label,
+            scale,
+            x_weight,
+            output_weight,
+            [(i - j, w) for j, w in enumerate(b) if j and w],
+            [(i - k, w) for k, w in enumerate(c) if w],
+            (keep[0], keep[1]) if last_use[i] > i else None,
+            (swap[i][0], swap[i][1]) if last_use[i] > i and can_swap[i] else None,
             [call for call in range(max(0, i - plan.window), i) if last_use[call] == i],
         )
-        for i in range(plan.nfe)
+        for i, (label, scale, x_weight, output_weight, b, c, keep) in enumerate(per_row)
     ]
 
 
@@ -212,7 +233,7 @@ def _execute(
     grad: bool,
 ) -> Tensor:
     x, outputs, draws = state.x, dict(state.outputs), dict(state.draws)
-    reuse = callback is None and not grad and state.call == 0
+    reuse = callback is None and not grad
     last_draw = _last_use(plan.c)
     finite = None if x.device.type == "cpu" else torch.zeros(plan.nfe, len(x), device=x.device)
     for i in tqdm(range(state.call, plan.nfe), disable=not progress, initial=state.call, total=plan.nfe, unit="call"):
@@ -220,10 +241,7 @@ def _execute(
         m = _call(plan, model, row, x, i, state.input_dtype)
         _check_finite(plan, m, x, i, finite)
         m = m.to(x.dtype)
-        if grad:
-            x = _combined(row, x, m, outputs, i)
-        else:
-            x = _combined_in_place(row, x, m, outputs, i, reuse)
+        x = _combined(row, x, m, outputs, i) if grad else _combined_in_place(row, x, m, outputs, i, reuse)
         if source is not None:
             if last_draw[i] >= i:
                 draws[i] = source(i, x)
@@ -257,14 +275,18 @@ def _combined_in_place(
     past = dict(row.past)
     if not reuse:
         x = x.clone()
-    if row.swap:
+    kept: Tensor | None = None
+    if row.keep and row.swap:  # kept takes the place of x, and x that of an output no longer needed
         kept = _scaled_add(x, row.keep[0], m, row.keep[1])
-        onto = row.done[0] if row.done else None
-        x = torch.empty_like(x) if onto is None else outputs[onto] if reuse else outputs[onto].clone()
-        _scaled_add(x, past.pop(onto, 0.0), kept, row.swap[0])
+        x, scale = torch.empty_like(kept), 0.0
+        if row.done:
+            x, scale = outputs[row.done[0]], past.pop(row.done[0])
+            x = x if reuse else x.clone()
+        _scaled_add(x, scale, kept, row.swap[0])
         _scaled_add(x, 1.0, m, row.swap[1])
     else:
-        kept = _scaled_add(x.clone(), row.keep[0], m, row.keep[1]) if row.keep else None
+        if row.keep:
+            kept = _scaled_add(x.clone(), row.keep[0], m, row.keep[1])
         _scaled_add(x, row.x_weight, m, row.output_weight)
     for old, weight in past.items():
         x.add_(outputs[old], alpha=weight)
@@ -287,61 +309,92 @@ def _scaled_add(y: Tensor, scale: float, u: Tensor, weight: float) -> Tensor:
 
 def _call(plan: Plan, model: Model, row: _Row, x: Tensor, call: int, dtype: torch.dtype) -> Tensor:
     """One network call, its contract checked."""
-    given = x if row.input_scale == 1 else x * row.input_scale
-    given = given.to(dtype)
-    label = torch.full((len(x),), row.label, dtype=torch.long if isinstance(row.label, int) else x.dtype, device=x.device)
-    version = None if given.is_inference() else given._version
-    where = f"call {call} of {plan.nfe}, t = {plan.times[call]:g}"
+    given = (x if row.input_scale == 1 else x * row.input_scale).to(dtype)
+    label_dtype = torch.long if isinstance(row.label, int) else x.dtype
+    label = torch.full((len(x),), row.label, dtype=label_dtype, device=x.device)
+    version = 0 if given.is_inference() else given._version
     try:
         m = model.net(given, label)
     except Exception as error:
-        error.add_note(f"raised by the model in {where}, half log-SNR = {plan.half_logsnr[call]:g}")
+        error.add_note(f"raised by the model in {_where(plan, call)}, half log-SNR = {plan.half_logsnr[call]:g}")
         raise
     if not isinstance(m, Tensor):
-        raise TypeError(f"the model returned {type(m).__name__} in {where}: expected one tensor; unpack it in the callable")
+        raise TypeError(
+            f"the model returned {type(m).__name__} in {_where(plan, call)}: expected one tensor; unpack it in the callable"
+        )
     if not m.is_floating_point():
-        raise TypeError(f"the model returned {m.dtype} in {where}: expected a floating-point tensor")
+        raise TypeError(f"the model returned {m.dtype} in {_where(plan, call)}: expected a floating-point tensor")
     if m.shape != x.shape:
-        hint = "; if the second half is a learned variance, split it: lambda x, t: net(x, t)[:, :C]"
+        doubled = m.ndim == x.ndim > 1 and m.shape[1] == 2 * x.shape[1]
+        hint = "; if the second half is a learned variance, split it: lambda x, t: net(x, t)[:, :C]" if doubled else ""
         raise ValueError(
-            f"the model returned shape {list(m.shape)} in {where}: expected {list(x.shape)}, the shape of x"
-            + (hint if m.ndim == x.ndim > 1 and m.shape[1] == 2 * x.shape[1] else "")
+            f"the model returned shape {list(m.shape)} in {_where(plan, call)}: expected {list(x.shape)}, the shape of x{hint}"
         )
     if m.device != x.device:
-        raise ValueError(f"the model returned a tensor on {m.device} in {where}: expected {x.device}, the device of x")
-    if version is not None and given._version != version:
-        raise ValueError(f"the model changed its input x in place in {where}: let it work on a clone")
+        raise ValueError(f"the model returned a tensor on {m.device} in {_where(plan, call)}: expected {x.device}, like x")
+    if m.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        m = m.clone()  # the model gave back its input, which the row is about to overwrite
+    if version != (0 if given.is_inference() else given._version):
+        raise ValueError(f"the model changed its input x in place in {_where(plan, call)}: let it work on a clone")
     return m
+
+
+def _where(plan: Plan, call: int) -> str:
+    return f"call {call} of {plan.nfe}, t = {plan.times[call]:g}"
 
 
 def _check_finite(plan: Plan, m: Tensor, x: Tensor, call: int, finite: Tensor | None) -> None:
     """On a CPU at once; on an accelerator noted in `finite` [N, B], to be read after the last row."""
     m = m.detach()
     if finite is not None:
-        torch.linalg.vector_norm(m.flatten(1).float(), ord=math.inf, dim=1, out=finite[call])
-    elif not math.isfinite(m.sum(dtype=x.dtype).item()):  # a sum of finite values may overflow: look closer
-        hit = ~m.flatten(1).isfinite().all(1) if m.ndim > 1 else ~m.isfinite()
-        if hit.any():
-            raise NonFiniteError(call, plan, hit.nonzero().flatten().tolist(), bool(x.isfinite().all()))
+        torch.linalg.vector_norm(m.reshape(len(m), -1).float(), ord=math.inf, dim=1, out=finite[call])
+    elif not _is_finite(m):
+        hit = ~m.reshape(len(m), -1).isfinite().all(1)
+        raise NonFiniteError(call, plan, hit.nonzero().flatten().tolist(), _is_finite(x))
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether every entry is finite. A sum is read ten times faster; only where finite values overflow it, look closer."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
 
 
 def _start(x: Tensor, grad: bool) -> State:
     """The first state: a copy of x in float32 or float64, once x is known to be one."""
+    _check_state(x, grad)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return State(x.to(dtype, copy=True), input_dtype=x.dtype)
+
+
+def _resumed(plan: Plan, state: State) -> State:
+    """A copy of a state that belongs to the plan."""
+    _check_state(state.x, grad=True)
+    if state.x.dtype not in ONE:
+        raise TypeError(f"the state's x has dtype {state.x.dtype}: expected float32 or float64")
+    if not 0 <= state.call <= plan.nfe:
+        raise ValueError(f"the state's call = {state.call}: expected 0 to {plan.nfe}, the plan's number of calls")
+    for held, weights, name in ((state.outputs, plan.b, "output of call"), (state.draws, plan.c, "draw")):
+        for n, last in enumerate(_last_use(weights)[: state.call]):
+            if last >= state.call and n not in held:
+                raise ValueError(f"the state lacks the {name} {n}, which row {last} reads: it is of another plan")
+    return state.clone()
+
+
+def _check_state(x: Tensor, grad: bool) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}: expected a torch.Tensor, e.g. torch.from_numpy(x)")
-    if x.layout != torch.strided or x.is_quantized or x.device.type == "meta":
-        raise TypeError(f"x is {x.layout} on {x.device}: expected a dense tensor with values")
+    if x.layout != torch.strided or x.is_quantized or x.is_nested or x.device.type == "meta":
+        kind = "nested" if x.is_nested else f"{x.dtype}, {x.layout}"
+        raise TypeError(f"x is {kind} on {x.device}: expected a dense tensor with values")
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: expected a real floating-point tensor, e.g. x.float()")
     if x.ndim == 0:
         raise ValueError("x has no batch dimension: expected [B, ...], e.g. x[None]")
     if x.requires_grad and not grad:
         raise ValueError("x requires a gradient, but the run keeps no graph: pass grad=True, or x.detach()")
-    if x.device.type == "cpu" and not x.isfinite().all():
+    if x.device.type == "cpu" and not _is_finite(x):
         where = [int(i) for i in (~x.isfinite()).nonzero()[0]]
         raise ValueError(f"x{where} = {x[tuple(where)]:g}: every entry of the starting state must be finite")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return State(x.to(dtype, copy=True), input_dtype=x.dtype)
 
 
 def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
@@ -356,9 +409,13 @@ def _labels(model: Model, times: Tensor) -> list[float] | list[int]:
     """What the net reads at each call, computed once on the host."""
     if model.label is None:
         return times.tolist()
-    labels = torch.as_tensor(model.label(times))
+    answer = model.label(times)
+    try:
+        labels = torch.as_tensor(answer)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"label gave {answer!s:.200}: expected a number for each of the {len(times)} calls") from error
     if labels.shape != times.shape or not labels.isfinite().all():
-        raise ValueError(f"label gave {labels!s:.200}: expected a finite number for each of the {len(times)} calls")
+        raise ValueError(f"label gave {answer!s:.200}: expected a finite number for each of the {len(times)} calls")
     return labels.tolist()
 
 

@@ -174,7 +174,7 @@ class SubVP(_LinearBeta):
         return -integral / 2 - torch.log(-torch.expm1(-integral))
 
     def time(self, half_logsnr: Tensor) -> Tensor:
-        """With alpha the positive root of e^l alpha^2 + alpha - e^l; B = -log alpha^2 = -log(1 - alpha e^-l)."""
+        """With alpha the positive root of e^l alpha^2 + alpha - e^l, B = -log alpha^2 = -log(1 - alpha e^-l)."""
         half_logsnr = _float64(half_logsnr)
         rho = torch.exp(-half_logsnr)
         alpha = 2 / (rho + torch.sqrt(rho**2 + 4))
@@ -203,7 +203,7 @@ class Cosine:
         return math.pi / 2 * _checked(t) / (1 + self.shift)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The ratio cos(a) / cos(a_0), written as the sine of the complement so that alpha(1) is exactly 0."""
+        """The ratio cos(a) / cos(a_0), written as the sine of the complement so that it is exactly 0 at t = 1."""
         left = math.pi / 2 * (1 - _checked(t)) / (1 + self.shift)
         return torch.sin(left) / math.cos(self._first())
 

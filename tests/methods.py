@@ -1,8 +1,19 @@
 """Every method with its options, as (schedule, times) -> Plan: what a claim about all of them runs through."""
 
+from dataclasses import replace
 from functools import partial
 
+import torch
+
 import solvers as sv
+
+
+def correlated(schedule, times):
+    """DDIM with eta = 1 and a share of the draw before: no method of the literature, but a plan may read past draws."""
+    plan = sv.ddim(schedule, times, eta=1.0)
+    before = torch.cat([plan.c[:1] * 0, plan.c[1:]])
+    return replace(plan, c=torch.cat([0.8 * plan.c, 0.6 * before], 1))
+
 
 STARTS, FINALS = ("ramp", "singlestep"), ("full", "lower")
 
@@ -31,5 +42,9 @@ MULTISTEP = (
     }
 )
 ODE = {"ddim": sv.ddim} | SINGLESTEP | MULTISTEP
-SDE = {"ddim eta 0.6": partial(sv.ddim, eta=0.6), "ddim eta 1": partial(sv.ddim, eta=1.0)}
+SDE = {
+    "ddim eta 0.6": partial(sv.ddim, eta=0.6),
+    "ddim eta 1": partial(sv.ddim, eta=1.0),
+    "correlated draws": correlated,
+}
 METHODS = ODE | SDE

@@ -426,9 +426,6 @@ RETURNED = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, reason="run.py: the row overwrites x while the output that shares its memory is still read"
-)
 @pytest.mark.parametrize("give", RETURNED.values(), ids=RETURNED.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_model_may_return_its_input(give, dtype):
@@ -440,7 +437,6 @@ def test_a_model_may_return_its_input(give, dtype):
     assert torch.equal(sv.run(plan, lambda x, t: give(x), x), copied)
 
 
-@pytest.mark.xfail(strict=True, reason="run.py: a State with call = 0 is taken for the run's own copy of x")
 def test_a_state_is_not_changed_by_the_run_that_starts_from_it():
     """19: nor is one that is not dense in memory."""
     plan = sv.dpm_solver_pp(sv.VP(), sv.logsnr(sv.VP(), 5), 3)
@@ -450,7 +446,6 @@ def test_a_state_is_not_changed_by_the_run_that_starts_from_it():
     assert torch.equal(x, before)
 
 
-@pytest.mark.xfail(strict=True, reason="run.py: a run from a State at the end returns the State's own x")
 def test_a_run_from_the_end_returns_a_copy():
     """19: outputs never share memory with inputs."""
     plan = sv.ddim(sv.VP(), sv.logsnr(sv.VP(), 2))
@@ -459,9 +454,6 @@ def test_a_run_from_the_end_returns_a_copy():
     assert ended.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="run.py: the trajectory of an empty batch has one state instead of N + 1"
-)
 def test_the_trajectory_of_an_empty_batch_is_empty():
     plan = sv.ddim(sv.VP(), sv.logsnr(sv.VP(), 4))
     assert sv.trajectory(plan, wavy, randn(0, 0, 3)).shape == (5, 0, 3)
@@ -472,6 +464,15 @@ def test_numpy_s_whole_numbers_are_sample_numbers():
     plain, numpy = sv.noise.per_sample(3, [0, 1, 2]), sv.noise.per_sample(np.int64(3), np.arange(3))
     assert plain == numpy
     assert torch.equal(plain.initial(5), numpy.initial(5))
+
+
+def test_every_sample_draw_and_seed_has_its_own_noise():
+    """16: no two alike, and an id has the same noise in any company."""
+    like = torch.zeros(3, 5)
+    draws = [sv.noise.per_sample(seed, [0, 1, 2])(draw, like) for seed in (3, 4) for draw in (0, 1)]
+    rows = torch.cat([*draws, sv.noise.per_sample(3, [0, 1, 2]).initial(5)])
+    assert len({tuple(row.tolist()) for row in rows}) == 15
+    assert torch.equal(sv.noise.per_sample(3, [7, 2])(1, like[:2])[1], draws[1][2])
 
 
 # Files

@@ -9,11 +9,12 @@ from solvers.methods.exponential import RATE, Levels, checked_form, checked_orde
 from solvers.methods.singlestep import singlestep
 from solvers.phi import moment
 from solvers.plan import Plan, stacked
-from solvers.schedules import Schedule
+from solvers.schedules import Schedule, number
 
 Weights = Callable[[Tensor, Tensor, float], Tensor]  # (offsets [rows, q-1], h [rows], rate) -> weights [rows, q-1]
 
 MAX_ORDER = 8
+MAX_STARTED = 4  # one above the highest singlestep order
 STARTS, FINALS, KINDS = ("ramp", "singlestep"), ("full", "lower"), ("multistep", "singlestep")
 
 
@@ -29,7 +30,7 @@ def ddim(schedule: Schedule, times: Tensor, eta: float = 0.0) -> Plan:
         times: [steps + 1].
         eta: share of the posterior's noise, in [0, 1].
     """
-    if not 0 <= eta <= 1:
+    if not 0 <= number("eta", eta) <= 1:
         raise ValueError(f"eta = {eta}: expected a number from 0 (deterministic) to 1 (DDPM)")
     levels = Levels.of(schedule, times)
     s, t = levels[:-1], levels[1:]
@@ -109,7 +110,10 @@ def _multistep(
     steps = len(levels.times) - 1
     started = 0
     if start == "singlestep" and order > 2:
-        checked_order(order, 4)
+        if order > MAX_STARTED:
+            raise ValueError(
+                f"order = {order} with start = 'singlestep': expected a whole number from 1 to {MAX_STARTED}, or start='ramp'"
+            )
         started = min(order - 1 + int(levels.half_logsnr[0].isinf()), steps)
     head = singlestep(schedule, levels.times[: started + 1], order - 1, predicts) if started else None
     if head is not None and started == steps:
@@ -132,8 +136,11 @@ def _multistep(
     b[:, 0] = total - b.sum(1)
     if head is None:
         return Plan(levels.times, levels.alpha, levels.sigma, a, b, predicts=predicts)
-    ends = zip((head.times, head.alpha, head.sigma), (levels.times, levels.alpha, levels.sigma), strict=True)
-    grid = (torch.cat([before[:-1], after[started:]]) for before, after in ends)
+
+    def behind_head(name: str) -> Tensor:
+        return torch.cat([getattr(head, name)[:-1], getattr(levels, name)[started:]])
+
+    grid = (behind_head("times"), behind_head("alpha"), behind_head("sigma"))
     return Plan(*grid, torch.cat([head.a, a]), stacked(head.b, b), predicts=predicts)
 
 

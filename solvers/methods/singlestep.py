@@ -9,13 +9,13 @@ from solvers.grids import logsnr
 from solvers.methods.exponential import RATE, Levels, checked_form, checked_order, exact_part, reaches_infinity
 from solvers.phi import phi
 from solvers.plan import Plan, fold
-from solvers.schedules import Schedule
+from solvers.schedules import Schedule, number
 
 Phi = Callable[..., Tensor]  # (k, c=1.0) -> phi_k(c z), [steps]
 
 
 def dpm_solver(
-    schedule: Schedule, times: Tensor, order: int = 3, r1: float | None = None, r2: float = 2 / 3
+    schedule: Schedule, times: Tensor, order: int = 3, r1: float | None = None, r2: float | None = None
 ) -> Plan:
     """DPM-Solver: singlestep exponential Runge-Kutta in noise form; `times` are the outer steps.
 
@@ -29,8 +29,8 @@ def dpm_solver(
         schedule: noise schedule.
         times: outer steps, [steps + 1].
         order: 1, 2 or 3.
-        r1: position of the first stage within a step of half log-SNR; default 1/2 (order 2), 1/3 (order 3).
-        r2: position of the second stage, for order 3.
+        r1: for order 2 and 3, position of the first stage within a step of half log-SNR; default 1/2, 1/3.
+        r2: for order 3, position of the second stage; default 2/3.
     """
     return singlestep(schedule, times, order, "noise", r1, r2)
 
@@ -58,7 +58,12 @@ def dpm_solver_fast(schedule: Schedule, nfe: int = 10, *, start: float | None = 
 
 
 def singlestep(
-    schedule: Schedule, times: Tensor, order: int, predicts: str, r1: float | None = None, r2: float = 2 / 3
+    schedule: Schedule,
+    times: Tensor,
+    order: int,
+    predicts: str,
+    r1: float | None = None,
+    r2: float | None = None,
 ) -> Plan:
     """Singlestep DPM-Solver in noise form, DPM-Solver++ in data form: orders 1, 2, 3, as many calls per step.
 
@@ -66,12 +71,16 @@ def singlestep(
     Source: Lu et al. 2022 (arXiv 2206.00927) and (arXiv 2211.01095), algorithm 1; see `dpm_solver`.
     """
     checked_form(predicts)
-    if checked_order(order, 3) == 1:
+    checked_order(order, 3)
+    for name, value, least in (("r1", r1, 2), ("r2", r2, 3)):
+        if value is not None and order < least:
+            raise ValueError(f"{name} = {value!r} has no use with order = {order}: leave it out")
+    if order == 1:
         return exponential_rk(schedule, times, predicts, (0.0,), lambda p: [[]])
     if order == 2:
-        r1 = _position("r1", 1 / 2 if r1 is None else r1)
-        return exponential_rk(schedule, times, predicts, (0.0, r1), lambda p: [[], [p(1) / (2 * r1)]])
-    c2, c3 = _position("r1", 1 / 3 if r1 is None else r1), _position("r2", r2)
+        c2 = _position("r1", 1 / 2 if r1 is None else r1)
+        return exponential_rk(schedule, times, predicts, (0.0, c2), lambda p: [[], [p(1) / (2 * c2)]])
+    c2, c3 = _position("r1", 1 / 3 if r1 is None else r1), _position("r2", 2 / 3 if r2 is None else r2)
     if not c2 < c3 or abs(c2 - 2 / 3) < 1e-9:
         raise ValueError(f"r1 = {c2:g}, r2 = {c3:g}: order 3 needs r1 < r2 and r1 other than 2/3, e.g. r1=1/3, r2=2/3")
 
@@ -108,10 +117,10 @@ def exponential_rk(
     infinite = reaches_infinity(levels)
     stages = len(positions)
     if stages > 1 and infinite.any():
-        pieces = [
-            exponential_rk(schedule, levels.times[i : j + 1], predicts, *(((0.0,), lambda p: [[]]) if first_order else (positions, weights)))
-            for first_order, i, j in _runs(infinite)
-        ]
+        pieces = []
+        for first_order, i, j in _runs(infinite):
+            tableau = ((0.0,), lambda p: [[]]) if first_order else (positions, weights)
+            pieces.append(exponential_rk(schedule, levels.times[i : j + 1], predicts, *tableau))
         return sum(pieces[1:], pieces[0])
     s, t = levels[:-1], levels[1:]
     h = t.half_logsnr - s.half_logsnr
@@ -127,13 +136,16 @@ def exponential_rk(
             table[:, k, j] = scale * h * weight
         table[:, k, 0] = total - table[:, k, 1:].sum(1)
     a, b = fold(x_weights, table)
-    calls = [torch.stack(rows, 1).flatten() for rows in zip(*((v.times, v.alpha, v.sigma) for v in (s, *inner)), strict=True)]
-    ends = (levels.times, levels.alpha, levels.sigma)
-    return Plan(*(torch.cat([c, e[-1:]]) for c, e in zip(calls, ends, strict=True)), a, b, predicts=predicts)
+
+    def at_calls(name: str) -> Tensor:
+        calls = torch.stack([getattr(stage, name) for stage in (s, *inner)], 1)
+        return torch.cat([calls.flatten(), getattr(t, name)[-1:]])
+
+    return Plan(at_calls("times"), at_calls("alpha"), at_calls("sigma"), a, b, predicts=predicts)
 
 
 def _position(name: str, value: float) -> float:
-    if not 0 < value <= 1:
+    if not 0 < number(name, value) <= 1:
         raise ValueError(f"{name} = {value}: expected a position within the step, 0 < {name} <= 1")
     return float(value)
 

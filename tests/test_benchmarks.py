@@ -1,0 +1,114 @@
+"""The benchmarks run at their smallest size: records have the declared fields, figures open as images."""
+
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = ("records", "step", "work_precision", "draw")
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The scripts as modules by name, imported as `python benchmarks/...` finds them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield {name: import_module(name) for name in SCRIPTS}
+    for name in SCRIPTS:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def results(scripts, tmp_path_factory):
+    """One JSONL file of each kind."""
+    folder = tmp_path_factory.mktemp("results")
+    step, errors = folder / "step.jsonl", folder / "work_precision.jsonl"
+    scripts["step"].main(["--out", str(step), "--shape", "2x3x5", "--calls", "4", "--rounds", "2"])
+    chosen = [
+        "--problems",
+        "2-D mixture",
+        "--schedules",
+        "VP",
+        "--grids",
+        "logsnr",
+        "karras",
+        "--starts",
+        "3",
+    ]
+    methods = ["ddim", "dpm_solver_1", "dpm_solver_3", "dpm_solver_pp_2m"]
+    scripts["work_precision"].main(
+        ["--out", str(errors), *chosen, "--methods", *methods, "--calls", "2", "8", "16"]
+    )
+    return step, errors
+
+
+def test_records_have_the_declared_fields(scripts, results):
+    for path, kind in zip(results, ("Step", "WorkPrecision"), strict=True):
+        declared = getattr(scripts["records"], kind)
+        records = scripts["records"].read(path)
+        assert records
+        for record in records:
+            assert type(record) is declared
+            assert set(record.versions) == {"python", "torch", "solvers", "threads"}
+            for field in fields(declared):
+                if field.type in (int, float, str):
+                    assert isinstance(getattr(record, field.name), field.type), field.name
+
+
+def test_a_record_with_another_field_is_refused(scripts, results, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(results[0].read_text().replace('"nfe"', '"calls"', 1))
+    with pytest.raises(TypeError, match="calls"):
+        scripts["records"].read(path)
+
+
+def test_no_record_claims_more_calls_than_were_asked_for(scripts, results):
+    records = scripts["records"].read(results[1])
+    assert {r.calls for r in records if r.method == "dpm_solver_3"} == {
+        8,
+        16,
+    }  # 2 calls are too few for a step
+    assert all(r.nfe <= r.calls for r in records)
+    assert {r.nfe for r in records if r.method == "dpm_solver_3"} == {6, 15}
+
+
+def test_errors_fall_with_calls(scripts, results):
+    for name in ("ddim", "dpm_solver_3", "dpm_solver_pp_2m"):
+        chosen = [r for r in scripts["records"].read(results[1]) if (r.method, r.grid) == (name, "logsnr")]
+        few, many = min(chosen, key=lambda r: r.nfe), max(chosen, key=lambda r: r.nfe)
+        assert many.rmse < few.rmse / 2
+        assert many.median < few.median / 2
+
+
+def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path):
+    from matplotlib.image import imread
+
+    document = tmp_path / "benchmarks.md"
+    places = [
+        f"<!-- draw.py: begin {name} -->\nold\n<!-- draw.py: end {name} -->"
+        for name in ("step", "work_precision")
+    ]
+    document.write_text("\n\n".join(["# Title", *places, "last line"]))
+    scripts["draw"].main(
+        [*map(str, results), "--out", str(tmp_path), "--into", str(document), "--columns", "8", "16"]
+    )
+
+    figures = {path.stem: imread(path) for path in tmp_path.glob("*.png")}
+    assert set(figures) == {"step", "work_precision_vp", "grids"}
+    for image in figures.values():
+        assert image.shape[0] > 300
+        assert image.shape[1] > 300
+        assert image.std() > 0.01  # something is drawn
+    text = document.read_text()
+    assert "old" not in text
+    assert "ideal single pass" in text
+    assert "| `dpm_solver_pp_2m` |" in text
+    assert text.endswith("last line")
+
+
+def test_a_document_without_a_place_is_an_error(scripts):
+    with pytest.raises(ValueError, match="begin step"):
+        scripts["draw"].insert("no place here", "step", "table")

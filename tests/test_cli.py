@@ -1,0 +1,332 @@
+"""The `solvers` command: what it prints, what it writes, what it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from torch.testing import assert_close
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import solvers as sv
+from reference import Gaussian, digits
+from solvers import __main__, cli, figures
+from solvers.methods import METHODS, Method
+
+MINE = """
+import torch
+import solvers as sv
+from reference import Gaussian
+
+SCHEDULE = sv.VP()
+DATA = Gaussian(torch.tensor([0.3, -0.2, 0.1]), torch.diag(torch.tensor([0.25, 0.5, 1.5])))
+
+def load():
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return DATA.model(SCHEDULE), x, SCHEDULE
+
+def pictures():
+    return (lambda x, t: 0.9 * x), torch.linspace(-1, 1, 5 * 3 * 4 * 6).reshape(5, 3, 4, 6), SCHEDULE
+
+def wrong():
+    return SCHEDULE
+
+def nan():
+    return (lambda x, t: x * float("nan")), torch.ones(2, 3), SCHEDULE
+
+def fragile():
+    return (lambda x, t: x @ torch.ones(7, 7)), torch.ones(2, 3), SCHEDULE
+"""
+
+
+def call(*arguments):
+    """The result of a command, with its words free of boxes and line breaks."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    result.words = " ".join(re.sub("[│╭╮╰╯─]", " ", result.output).split())
+    return result
+
+
+def shows_something(path):
+    pixels = imread(path)
+    return min(pixels.shape[:2]) > 50 and pixels[..., :3].std() > 0.01
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder to work in, where my_model.py lies."""
+    (tmp_path / "my_model.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_model", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """One comparison on the digits: its result and its folder."""
+    out = tmp_path_factory.mktemp("compare") / "new" / "folder"
+    names = "ddim,dpm_solver_3,dpm_solver_fast,adams_data_4"
+    options = ["--samples", 2, "--seed", 3, "--schedule", "edm", "--out", out]
+    return call("compare", "--solvers", names, "--calls", "2,5,10", *options), out
+
+
+def test_compare_prints_a_row_per_solver(compared):
+    result, _ = compared
+    assert result.exit_code == 0, result.output
+    assert re.search(r"calls +2 +5 +10", result.output)
+    assert re.search(r"ddim +\d\.\de-\d\d +\d\.\de-\d\d +\d\.\de-\d\d\s", result.output)
+    assert re.search(r"dpm_solver_3 +- +\d\.\de-\d\d \(3\) +\d\.\de-\d\d \(9\)", result.output)
+    assert re.search(r"dpm_solver_fast( +\d\.\de-\d\d){3}\s", result.output)
+
+
+def test_compare_writes_pictures_and_records(compared):
+    result, out = compared
+    assert {path.name for path in out.iterdir()} == {"digits.png", "errors.png", "records.jsonl"}
+    assert all(name in result.stderr for name in ("digits.png", "errors.png", "records.jsonl"))
+    assert shows_something(out / "digits.png")
+    assert shows_something(out / "errors.png")
+
+
+def test_records_hold_the_error_against_the_exact_flow(compared):
+    records = [json.loads(line) for line in (compared[1] / "records.jsonl").read_text().splitlines()]
+    runs = {(record["solver"], record["calls"]): record for record in records}
+    assert len(runs) == len(records) == 3 * 4 - 2  # neither dpm_solver_3 nor adams_data_4 fits in 2 calls
+    schedule = sv.EDM()
+    x = 80.0 * sv.noise.per_sample(3, range(2)).initial(1, 8, 8, dtype=torch.float64)
+    exact = digits().flow(x, schedule, schedule.start, schedule.stop)
+    for name, build in {"ddim": sv.ddim, "dpm_solver_fast": None}.items():
+        plan = build(schedule, sv.logsnr(schedule, 10)) if build else sv.dpm_solver_fast(schedule, 10)
+        each = (sv.run(plan, digits().model(schedule), x) - exact).flatten(1).square().mean(1)
+        record = runs[name, 10]
+        assert record["error"] == pytest.approx(each.mean().sqrt().item(), rel=1e-9)
+        assert record["median_error"] == pytest.approx(each.sqrt().min().item(), rel=1e-9)
+        assert record["error"] != pytest.approx(1.001 * each.mean().sqrt().item(), rel=1e-9)
+    record = runs["adams_data_4", 10]
+    assert (record["nfe"], record["samples"], record["seed"]) == (10, 2, 3)
+    assert (record["model"], record["schedule"], record["grid"]) == ("digits", "edm", "logsnr")
+    assert record["seconds"] > 0
+    assert {"torch", "solvers", "python"} <= record.keys()
+
+
+@pytest.mark.parametrize("name", cli.SOLVERS)
+def test_a_plan_makes_the_calls_that_fit(name):
+    schedule = sv.VP()
+    for calls in range(1, 20):
+        plan = cli.within(name, schedule, sv.logsnr, calls)
+        if plan is None:
+            assert calls < METHODS[name].calls_per_step or METHODS[name].order == 4
+        else:
+            assert plan.nfe <= calls
+            more = cli.within(name, schedule, sv.logsnr, calls + 1)
+            assert more is not None
+            assert more.nfe >= plan.nfe
+    assert all(cli.within(name, schedule, sv.logsnr, calls).nfe == calls for calls in (6, 12, 24, 48, 96))
+
+
+def test_compare_takes_the_users_model(mine):
+    result = call(
+        "compare", "--model", "my_model:load", "--solvers", "ddim,dpm_solver_pp_2m", "--calls", "10,20"
+    )
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (mine / "results").iterdir()} == {"errors.png", "records.jsonl"}
+    records = [json.loads(line) for line in (mine / "results/records.jsonl").read_text().splitlines()]
+    import my_model
+
+    model, x, schedule = my_model.load()
+    exact = my_model.DATA.flow(x, schedule, schedule.start, schedule.stop)
+    for record, build in zip(records, [sv.ddim, sv.ddim, sv.dpm_solver_pp, sv.dpm_solver_pp], strict=True):
+        x_end = sv.run(build(schedule, sv.logsnr(schedule, record["calls"])), model, x)
+        error = (x_end - exact).square().mean().sqrt().item()
+        assert 0 < record["resolution"] < 0.1 * error
+        assert record["error"] == pytest.approx(error, abs=record["resolution"])
+
+
+def test_errors_that_the_fine_run_cannot_see_are_shown_as_bounds(mine):
+    options = ["--calls", "96", "--reference-calls", 12, "--solvers", "dpm_solver_3", "--error", "rms"]
+    result = call("compare", "--model", "my_model:load", *options)
+    assert re.search(r"dpm_solver_3 +<\d+e-\d\d\s", result.output)
+    assert shows_something(mine / "results/errors.png")
+
+
+def test_compare_draws_the_users_images_and_takes_the_first_samples(mine):
+    result = call(
+        "compare", "--model", "my_model:pictures", "--solvers", "ddim", "--calls", "4", "--samples", 3
+    )
+    assert result.exit_code == 0, result.output
+    assert shows_something(mine / "results/images.png")
+    assert json.loads((mine / "results/records.jsonl").read_text())["samples"] == 3
+
+
+def test_sample_writes_what_run_gives(tmp_path):
+    options = ["--steps", 4, "--samples", 5, "--seed", 2, "--out", tmp_path]
+    result = call("sample", "--solver", "dpm_solver_2", "--schedule", "ddpm", "--grid", "trailing", *options)
+    assert result.exit_code == 0, result.output
+    schedule = sv.Discrete.linear()
+    x = sv.noise.per_sample(2, range(5)).initial(1, 8, 8, dtype=torch.float64)
+    x = schedule.sigma(torch.tensor(1.0, dtype=torch.float64)) * x
+    plan = sv.dpm_solver(schedule, sv.trailing(schedule, 4), order=2)
+    expected = sv.run(plan, digits().model(schedule), x)
+    assert_close(torch.from_numpy(np.load(tmp_path / "samples.npy")), expected, rtol=0, atol=1e-12)
+    assert shows_something(tmp_path / "samples.png")
+
+
+def test_sample_of_a_model_without_images_is_an_array_alone(mine):
+    assert call("sample", "--model", "my_model:load", "--quiet").exit_code == 0
+    assert [path.name for path in (mine / "results").iterdir()] == ["samples.npy"]
+    assert np.load(mine / "results/samples.npy").shape == (5, 3)
+
+
+def test_plan_prints_and_saves(tmp_path):
+    result = call("plan", "--method", "dpm_solver_pp_3m", "--steps", 5, "--save", tmp_path / "plan.json")
+    schedule = sv.VP()
+    plan = METHODS["dpm_solver_pp_3m"].build(schedule, sv.logsnr(schedule, 5))
+    assert result.exit_code == 0
+    assert result.stdout == f"{plan}\n"
+    assert sv.Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_order_measures_what_is_declared():
+    result = call("order", "--method", "dpm_solver_pp_2m", "--quiet")
+    assert result.exit_code == 0
+    assert re.search(r"dpm_solver_pp_2m +1 +2 +[12]\.\d\d +[12]\.\d\d", result.output)
+
+
+def test_order_refuses_a_wrong_declaration(monkeypatch):
+    monkeypatch.setattr(cli, "METHODS", {"boast": Method(METHODS["ddim"].build, 2, 1)})
+    result = call("order", "--quiet")
+    assert result.exit_code == 1
+    assert re.search(r"boast +1 +2 +(0\.99|1\.00) +(0\.99|1\.00)", result.output)
+    assert (
+        result.stderr
+        == "solvers: the measured order falls short of the declared one: boast (even), boast (uneven)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["compare", "--solvers", "ddim,dpm_solver2"],
+            "--solvers: 'dpm_solver2' is unknown; did you mean dpm_solver_2?",
+        ),
+        (["compare", "--solvers", "xyz"], "--solvers: 'xyz' is unknown; expected one of ddim, dpm_solver_1"),
+        (["compare", "--schedule", "cosin"], "--schedule: 'cosin' is unknown; did you mean cosine?"),
+        (["compare", "--grid", "log-snr"], "--grid: 'log-snr' is unknown; did you mean logsnr?"),
+        (["compare", "--error", "mean"], "--error: 'mean' is unknown; did you mean median?"),
+        (["compare", "--calls", "5,0"], "--calls: '5,0': expected whole numbers above 0, e.g. 6,12,24"),
+        (["compare", "--calls", "ten"], "--calls: 'ten': expected whole numbers above 0"),
+        (["compare", "--samples", "0"], "--samples"),
+        (["compare", "--model", "my_model:load", "--seed", "1"], "leave out --schedule and --seed"),
+        (["compare", "--model", "my_model"], "expected module:function, e.g. my_model:load"),
+        (["compare", "--model", "my_model:lod"], "has no attribute 'lod'; expected module:function"),
+        (
+            ["compare", "--model", "no_such_module:load"],
+            "No module named 'no_such_module'; expected module:function",
+        ),
+        (["sample", "--solver", "euler"], "--solver: 'euler' is unknown"),
+        (["plan", "--method", "dpmpp_2m"], "did you mean dpm_solver_pp_2m?"),
+        (["order", "--method", "all,ddim"], "--method: 'all' is unknown"),
+        (["plam"], "No such command 'plam'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_exit_code_2_and_says_what_to_write(arguments, words, mine):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert words in result.words.replace("'--", "--").replace("':", ":").replace(
+        "dpm_solver2:", "dpm_solver2':"
+    )
+    assert not (mine / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "--grid", "trailing"], "has no levels to stand on: expected a Discrete"),
+        (
+            ["compare", "--solvers", "dpm_solver_3", "--calls", "1,2"],
+            "no step of dpm_solver_3 fits in 2 calls: raise --calls",
+        ),
+        (
+            ["compare", "--model", "my_model:wrong"],
+            "my_model:wrong returned (VP): expected (model, x, schedule)",
+        ),
+        (["compare", "--model", "my_model:nan"], "the model's output is not finite in call 0"),
+        (["sample", "--model", "my_model:fragile"], "raised by the model in call 0 of 20, t = 1"),
+        (["plan", "--save", "missing/folder/plan.json"], "No such file or directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_failure_is_one_line_and_exit_code_1(arguments, words, mine):
+    result = call(*arguments, *(["--quiet"] if arguments[0] != "plan" else []))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("solvers: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert not (mine / "results").exists() or not list((mine / "results").iterdir())
+
+
+def test_traceback_shows_where_an_error_comes_from(mine):
+    result = call("--traceback", "sample", "--model", "my_model:fragile", "--quiet")
+    assert isinstance(result.exception, RuntimeError)
+    assert "my_model.py" in str(result.exc_info[2].tb_frame) or result.exception.__traceback__ is not None
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    def breaks(path):
+        path.write_text("half")
+        raise OSError("no space left")
+
+    (tmp_path / "records.jsonl").write_text("before")
+    with pytest.raises(OSError, match="no space"):
+        cli.write(tmp_path, {"records.jsonl": breaks}, quiet=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.parametrize("name", ["compare", "sample", "order", "plan"])
+def test_help_teaches(name):
+    command = get_command(cli.app).commands[name]
+    assert f"Example:  `solvers {name} " in command.help
+    assert all(option.help for option in command.params)
+    shown = call(name, "--help").words
+    assert all(option.opts[0] in shown for option in command.params)
+    example = command.help.split("`")[1].split()[1:]
+    with command.make_context(name, example[1:]):  # the example parses
+        pass
+
+
+def test_the_labels_of_a_figure_do_not_overlap():
+    heights = sorted([0.1, 0.1, 0.11, 0.5, 0.51, 0.52, 0.9])
+    spread = np.array(figures._spread(heights, 0.04))
+    assert (np.diff(spread) > 0.04 - 1e-12).all()
+    assert abs(spread - heights).max() < 0.04 + 1e-12
+    assert spread[-1] == 0.9
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
+def test_without_an_optional_package_the_error_names_the_extra(missing, monkeypatch):
+    for module in [
+        m for m in sys.modules if m.split(".")[0] == missing or m in ("solvers.cli", "solvers.figures")
+    ]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr(sv, "cli")
+    monkeypatch.delattr(sv, "figures")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        SystemExit, match=rf"solvers: the command needs {missing}.*pip install 'diffusion-solvers\[cli\]'"
+    ):
+        __main__.main()
+
+
+def test_python_m_solvers_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "solvers", "plan", "--method", "ddim", "--steps", "3"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(sv.__file__).parents[1], check=True
+    )
+    assert done.stdout.startswith("3 calls, data form")
