@@ -28,7 +28,7 @@ def law(plan: Plan, data: Gaussian, start: Gaussian | None = None) -> Gaussian:
     draws = nfe if plan.c.numel() else 0
     x = torch.zeros(2 + draws, len(v), dtype=torch.float64)  # mean, gain of x_init, gain of every draw
     x[0], x[1] = start.mean.flatten() @ data.basis, 1.0
-    outputs = []  # the newest first
+    outputs: list[torch.Tensor] = []  # the newest first
     for i, (alpha, sigma) in enumerate(zip(plan.alpha[:-1], plan.sigma[:-1], strict=True)):
         forms = {"noise": (1.0, 0.0), "data": (0.0, 1.0), "velocity": (alpha, -sigma)}
         of_noise, of_data = forms[plan.predicts]

@@ -111,7 +111,7 @@ def row_defects(
     away = (plan.alpha[:-1] / plan.sigma[:-1]).log() - half_logsnr
     defects = []
     for k in range(degree + 1):
-        end = _run_from(plan, first, torch.ones((), dtype=torch.float64), lambda i, x, k=k: away[i] ** k)
+        end = _run_from(plan, first, torch.ones((), dtype=torch.float64), _prescribed(away**k))
         if plan.predicts == "noise":
             exact = plan.alpha[-1] / plan.alpha[first] - plan.sigma[-1] * _moment(k, h * steps[-1], 1)
         else:
@@ -182,6 +182,10 @@ def _run_from(plan: Plan, first: int, x: Tensor, predict: Callable[[int, Tensor 
         outputs.append(predict(i, x))
         x = plan.a[i] * x + sum(plan.b[i, j] * outputs[i - j] for j in range(min(i + 1, plan.b.shape[1])))
     return x
+
+
+def _prescribed(outputs: Tensor) -> Callable[[int, Tensor | None], Tensor]:
+    return lambda i, x: outputs[i]
 
 
 def _moment(k: int, h: float, c: int) -> float:

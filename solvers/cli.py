@@ -79,7 +79,9 @@ class OneLineErrors(TyperGroup):
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+app = typer.Typer(
+    name="solvers", cls=OneLineErrors, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown"
+)
 
 ScheduleName = Annotated[
     str | None,
@@ -162,6 +164,8 @@ def compare(
     spacing = picked("--grid", grid, GRIDS)
     problem = load(model, schedule, samples, seed)
     plans = {(n, budget): within(n, problem.schedule, spacing, budget) for n in names for budget in budgets}
+    if not any(plans.values()):
+        refuse("--calls", f"not one step of {', '.join(names)} fits in {budgets[-1]} calls")
     out.mkdir(parents=True, exist_ok=True)
     bars = Console(stderr=True, quiet=quiet)
 
@@ -179,8 +183,6 @@ def compare(
         records.append(run | setting)
         ends[name, budget] = x
 
-    if not records:
-        raise ValueError(f"no step of {', '.join(names)} fits in {budgets[-1]} calls: raise --calls")
     show(error_table(records, names, budgets, key))
     lines = "".join(json.dumps(record) + "\n" for record in records)
     files: Files = {

@@ -53,8 +53,8 @@ def work_precision(records: Sequence[Mapping[str, Any]], key: str, label: str) -
     axes.set_xticks(asked, labels=map(str, asked))
     axes.minorticks_off()
     axes.set_xlim(min(record["nfe"] for record in records) / 1.15, asked[-1] * 1.08)
-    title = f"{some['model']}, schedule {some['schedule']}, grid {some['grid']}, {some['samples']} samples"
-    axes.set_title(f"Error against the exact answer ({title})", loc="left", fontsize=10)
+    setting = f"{some['model']}, schedule {some['schedule']}, grid {some['grid']}, {some['samples']} samples"
+    axes.set_title(f"Error against the exact answer\n{setting}", loc="left", fontsize=10)
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     _name_ends(axes, ends)

@@ -51,9 +51,9 @@ class PerSample:
 
     def _normals(self, stream: int, draw: int, shape: Sequence[int]) -> Tensor:
         values = np.empty((len(self.ids), *shape))
-        for row, sample in zip(values, self.ids, strict=True):
+        for i, sample in enumerate(self.ids):
             bits = np.random.Philox(key=[self.seed, sample], counter=[0, draw, stream, 0])
-            row[...] = np.random.Generator(bits).standard_normal(tuple(shape))
+            values[i] = np.random.Generator(bits).standard_normal(tuple(shape))
         return torch.from_numpy(values)
 
 

@@ -164,8 +164,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text: shortest decimals that read back to the same float64, so the round trip is exact."""
-        body = {"format": FORMAT, "predicts": self.predicts}
-        body |= {name: array.tolist() for name, array in zip(_ARRAYS, self._arrays(), strict=True)}
+        arrays = {name: array.tolist() for name, array in zip(_ARRAYS, self._arrays(), strict=True)}
+        body = {"format": FORMAT, "predicts": self.predicts, **arrays}
         return json.dumps(body, allow_nan=False, separators=(",", ":")) + "\n"
 
     @staticmethod

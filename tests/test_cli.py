@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from traceback import extract_tb
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import solvers as sv
-from reference import Gaussian, digits
+from reference import digits
 from solvers import __main__, cli, figures
 from solvers.methods import METHODS, Method
 
@@ -80,9 +81,9 @@ def test_compare_prints_a_row_per_solver(compared):
     result, _ = compared
     assert result.exit_code == 0, result.output
     assert re.search(r"calls +2 +5 +10", result.output)
-    assert re.search(r"ddim +\d\.\de-\d\d +\d\.\de-\d\d +\d\.\de-\d\d\s", result.output)
-    assert re.search(r"dpm_solver_3 +- +\d\.\de-\d\d \(3\) +\d\.\de-\d\d \(9\)", result.output)
-    assert re.search(r"dpm_solver_fast( +\d\.\de-\d\d){3}\s", result.output)
+    assert re.search(r"ddim +\d\.\de[+-]\d\d +\d\.\de[+-]\d\d +\d\.\de[+-]\d\d\s", result.output)
+    assert re.search(r"dpm_solver_3 +- +\d\.\de[+-]\d\d \(3\) +\d\.\de[+-]\d\d \(9\)", result.output)
+    assert re.search(r"dpm_solver_fast( +\d\.\de[+-]\d\d){3}\s", result.output)
 
 
 def test_compare_writes_pictures_and_records(compared):
@@ -120,7 +121,7 @@ def test_a_plan_makes_the_calls_that_fit(name):
     for calls in range(1, 20):
         plan = cli.within(name, schedule, sv.logsnr, calls)
         if plan is None:
-            assert calls < METHODS[name].calls_per_step or METHODS[name].order == 4
+            assert calls < METHODS[name].order  # the first step of a start is as dear as that
         else:
             assert plan.nfe <= calls
             more = cli.within(name, schedule, sv.logsnr, calls + 1)
@@ -221,6 +222,10 @@ def test_order_refuses_a_wrong_declaration(monkeypatch):
         (["compare", "--error", "mean"], "--error: 'mean' is unknown; did you mean median?"),
         (["compare", "--calls", "5,0"], "--calls: '5,0': expected whole numbers above 0, e.g. 6,12,24"),
         (["compare", "--calls", "ten"], "--calls: 'ten': expected whole numbers above 0"),
+        (
+            ["compare", "--solvers", "dpm_solver_3", "--calls", "1,2"],
+            "not one step of dpm_solver_3 fits in 2 calls",
+        ),
         (["compare", "--samples", "0"], "--samples"),
         (["compare", "--model", "my_model:load", "--seed", "1"], "leave out --schedule and --seed"),
         (["compare", "--model", "my_model"], "expected module:function, e.g. my_model:load"),
@@ -239,9 +244,7 @@ def test_order_refuses_a_wrong_declaration(monkeypatch):
 def test_wrong_usage_is_exit_code_2_and_says_what_to_write(arguments, words, mine):
     result = call(*arguments)
     assert result.exit_code == 2
-    assert words in result.words.replace("'--", "--").replace("':", ":").replace(
-        "dpm_solver2:", "dpm_solver2':"
-    )
+    assert words in result.words
     assert not (mine / "results").exists()
 
 
@@ -249,10 +252,6 @@ def test_wrong_usage_is_exit_code_2_and_says_what_to_write(arguments, words, min
     ("arguments", "words"),
     [
         (["compare", "--grid", "trailing"], "has no levels to stand on: expected a Discrete"),
-        (
-            ["compare", "--solvers", "dpm_solver_3", "--calls", "1,2"],
-            "no step of dpm_solver_3 fits in 2 calls: raise --calls",
-        ),
         (
             ["compare", "--model", "my_model:wrong"],
             "my_model:wrong returned (VP): expected (model, x, schedule)",
@@ -275,7 +274,7 @@ def test_a_failure_is_one_line_and_exit_code_1(arguments, words, mine):
 def test_traceback_shows_where_an_error_comes_from(mine):
     result = call("--traceback", "sample", "--model", "my_model:fragile", "--quiet")
     assert isinstance(result.exception, RuntimeError)
-    assert "my_model.py" in str(result.exc_info[2].tb_frame) or result.exception.__traceback__ is not None
+    assert "my_model.py" in {Path(frame.filename).name for frame in extract_tb(result.exc_info[2])}
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
