@@ -4,13 +4,10 @@ import difflib
 import importlib
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -26,11 +23,10 @@ from typer.core import TyperGroup
 
 import solvers as sv
 from solvers import figures
+from solvers.comparison import FAST, Grid, Problem, answer, errors, versions, within
 from solvers.methods import METHODS
-from solvers.run import AnyModel
 
 T = TypeVar("T")
-Grid = Callable[..., Tensor]  # (schedule, steps) -> times
 Files = dict[str, Callable[[Path], object]]  # by name, what fills it
 
 SCHEDULES: dict[str, sv.Schedule] = {
@@ -48,14 +44,12 @@ GRIDS: dict[str, Grid] = {
     grid.__name__: grid
     for grid in (sv.logsnr, sv.uniform, sv.quadratic, sv.karras, sv.trailing, sv.leading, sv.linspace)
 }
-FAST = "dpm_solver_fast"  # takes a budget of calls instead of times, so it stands beside the table of methods
 SOLVERS = [*METHODS, FAST]
 COMPARED = (
     "ddim,dpm_solver_2,dpm_solver_3,dpm_solver_fast,dpm_solver_multistep_3,dpm_solver_pp_2s,dpm_solver_pp_2m,"
     "dpm_solver_pp_3m,adams_noise_4,adams_data_4"
 )
 MEASURES = {"median": "error of the median sample", "rms": "root-mean-square error over all samples"}
-CERTIFIED = 1e-11  # how well the digits' exact answer is known
 PICTURED_CALLS = 10  # the picture is drawn at the number of calls nearest to this
 PICTURED_SAMPLES, PICTURED_SHEET = 16, 100
 COUNTS = (32, 64, 128, 256)
@@ -172,15 +166,16 @@ def compare(
     with bars.status("computing the exact answer"):
         exact, resolution = answer(problem, spacing, reference_calls)
     setting = {"samples": len(exact), "resolution": resolution, "grid": grid, **problem.origin, **versions()}
-    records, ends = [], {}
+    records: list[dict[str, Any]] = []
+    ends: dict[tuple[str, int], Tensor] = {}
     for (name, budget), plan in track(plans.items(), "running the solvers", console=bars, transient=True):
         if plan is None:
             continue
         began = time.perf_counter()
         x = sv.run(plan, problem.model, problem.x)
         seconds = time.perf_counter() - began
-        run = {"solver": name, "calls": budget, "nfe": plan.nfe, **errors(x, exact), "seconds": seconds}
-        records.append(run | setting)
+        run: dict[str, Any] = {"solver": name, "calls": budget, "nfe": plan.nfe, "seconds": seconds}
+        records.append(run | errors(x, exact) | setting)
         ends[name, budget] = x
 
     show(error_table(records, names, budgets, key))
@@ -307,25 +302,6 @@ def plan(
     typer.echo(str(table))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What is sampled.
-
-    Attributes:
-        model: as for `sv.run`.
-        x: [B, ...], states at the start of the grid.
-        schedule: noise schedule.
-        flow: (x, schedule, s, t) -> the exact answer, if it is known.
-        origin: where it all comes from, for the records.
-    """
-
-    model: AnyModel
-    x: Tensor
-    schedule: sv.Schedule
-    flow: Callable[..., Tensor] | None
-    origin: dict[str, Any]
-
-
 def load(model: str | None, schedule: str | None, samples: int, seed: int | None) -> Problem:
     """The digits under a schedule, or what the user's module:function returns."""
     if model is None:
@@ -354,42 +330,6 @@ def load(model: str | None, schedule: str | None, samples: int, seed: int | None
         )
     net, x, noise = made
     return Problem(net, x[:samples], noise, None, {"model": model, "schedule": repr(noise), "seed": None})
-
-
-def within(name: str, schedule: sv.Schedule, grid: Grid, calls: int) -> sv.Plan | None:
-    """The plan of most steps that makes at most so many calls; None where one step makes more."""
-    try:
-        if name == FAST:
-            start, stop = grid(schedule, 1)[[0, -1]].tolist()
-            return sv.dpm_solver_fast(schedule, calls, start=start, stop=stop)
-        method = METHODS[name]
-        for steps in range(calls // method.calls_per_step, 0, -1):
-            plan = method.build(schedule, grid(schedule, steps))
-            if plan.nfe <= calls:
-                return plan
-    except ValueError as error:
-        error.add_note(f"building {name} for {calls} calls; choose other --solvers or another --grid")
-        raise
-    return None
-
-
-def answer(problem: Problem, grid: Grid, calls: int) -> tuple[Tensor, float]:
-    """The states [B, ...] at the end of the grid that runs are held against, and how well they are known.
-
-    Without a known flow: a singlestep run of order 3, and its distance to one of half as many calls.
-    """
-    if problem.flow:
-        start, stop = grid(problem.schedule, 1)[[0, -1]].tolist()
-        return problem.flow(problem.x, problem.schedule, start, stop), CERTIFIED
-    plans = (within("dpm_solver_pp_3s", problem.schedule, grid, n) for n in (calls // 2, calls))
-    coarse, fine = (sv.run(plan, problem.model, problem.x) for plan in plans if plan)
-    return fine, errors(coarse, fine)["error"]
-
-
-def errors(x: Tensor, exact: Tensor) -> dict[str, float]:
-    """The root-mean-square error over all elements, and the median over the samples of theirs."""
-    squares = (x - exact).double().flatten(1).square().mean(1)
-    return {"error": squares.mean().sqrt().item(), "median_error": squares.sqrt().median().item()}
 
 
 def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list[int], key: str) -> Table:
@@ -423,15 +363,6 @@ def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list
 def show(table: Table) -> None:
     """Print a table, into a file as wide as it needs."""
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def versions() -> dict[str, str]:
-    """Of what a measurement depends on."""
-    return {
-        "solvers": version("diffusion-solvers"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def write(out: Path, files: Files, quiet: bool) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import solvers as sv
 from reference import digits
-from solvers import __main__, cli, figures
+from solvers import __main__, cli, comparison, figures
 from solvers.methods import METHODS, Method
 
 MINE = """
@@ -119,15 +119,15 @@ def test_records_hold_the_error_against_the_exact_flow(compared):
 def test_a_plan_makes_the_calls_that_fit(name):
     schedule = sv.VP()
     for calls in range(1, 20):
-        plan = cli.within(name, schedule, sv.logsnr, calls)
+        plan = comparison.within(name, schedule, sv.logsnr, calls)
         if plan is None:
             assert calls < METHODS[name].order  # the first step of a start is as dear as that
         else:
             assert plan.nfe <= calls
-            more = cli.within(name, schedule, sv.logsnr, calls + 1)
+            more = comparison.within(name, schedule, sv.logsnr, calls + 1)
             assert more is not None
             assert more.nfe >= plan.nfe
-    assert all(cli.within(name, schedule, sv.logsnr, calls).nfe == calls for calls in (6, 12, 24, 48, 96))
+    assert all(comparison.within(name, schedule, sv.logsnr, calls).nfe == calls for calls in (6, 12, 24, 48, 96))
 
 
 def test_compare_takes_the_users_model(mine):

@@ -22,6 +22,7 @@ ROOMS = [
     "methods",
     "noise",
     "run",
+    "comparison",
     "figures",
     "cli",
 ]
