@@ -29,7 +29,7 @@ class Step:
     nfe: int  # calls in one run
     seconds: float  # per call: a whole run, its set-up included, divided by nfe; median over rounds
     best: float  # the same, minimum over rounds
-    between: float  # from one call to the next inside a run, without the set-up; median
+    between: float  # from one call to the next inside a run, so without its set-up; median of a run, minimum over rounds
     rounds: int
     seed: int
     versions: dict[str, str] = field(default_factory=versions)

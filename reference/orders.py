@@ -33,7 +33,15 @@ def even(steps: int) -> Tensor:
     return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
 
 
-PATTERN = (1.0, 2.0, 1.5, 0.8, 1.6, 1.1, 0.7)  # neighbours, also across the seam, differ by at most a factor 2
+PATTERN = (
+    1.0,
+    2.0,
+    1.5,
+    0.8,
+    1.6,
+    1.1,
+    0.7,
+)  # neighbours, also across the seam, differ by at most a factor 2
 
 
 def uneven(steps: int) -> Tensor:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from solvers.schedules import Discrete, Schedule, number, numbers
+from solvers.arguments import number, numbers, whole
+from solvers.discrete import Discrete
+from solvers.schedules import Schedule
 
 if TYPE_CHECKING:
     import numpy
@@ -145,14 +147,6 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
     return times
 
 
-def _steps(steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps = {steps!r:.100}: expected an int of at least 1, e.g. steps=20")
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps = {steps!r:.100}: expected between 1 and {MAX_STEPS}, e.g. steps=20")
-    return steps
-
-
 def _discrete(schedule: Discrete) -> Discrete:
     if not isinstance(schedule, Discrete):
         raise TypeError(
@@ -162,7 +156,7 @@ def _discrete(schedule: Discrete) -> Discrete:
 
 
 def _ends(schedule: Schedule, steps: int, start: float | None, stop: float | None) -> tuple[float, float]:
-    _steps(steps)
+    whole("steps", steps, 1, MAX_STEPS, example=20)
     first = schedule.start if start is None else number("start", start)
     last = schedule.stop if stop is None else number("stop", stop)
     if not (math.isfinite(first) and math.isfinite(last) and 0 <= last < first):
@@ -173,12 +167,12 @@ def _ends(schedule: Schedule, steps: int, start: float | None, stop: float | Non
 
 
 def _line(first: float, last: float, steps: int) -> Tensor:
-    return torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    return torch.linspace(first, last, steps + 1, dtype=torch.float64, device="cpu")
 
 
 def _level_line(first: float, last: float, steps: int) -> Tensor:
     """As _line, but between whole numbers each point is rounded once, so that a half is a half on every machine."""
-    i = torch.arange(steps + 1, dtype=torch.float64)
+    i = torch.arange(steps + 1, dtype=torch.float64, device="cpu")
     return (first * (steps - i) + last * i) / steps
 
 
@@ -195,7 +189,7 @@ def _power(schedule: Schedule, steps: int, start: float | None, stop: float | No
 
 
 def _finite_half_logsnr(schedule: Schedule, ends: tuple[float, float]) -> tuple[float, float]:
-    first, last = schedule.half_logsnr(torch.tensor(ends, dtype=torch.float64)).tolist()
+    first, last = schedule.half_logsnr(torch.tensor(ends, dtype=torch.float64, device="cpu")).tolist()
     if math.isinf(first):
         raise ValueError(
             f"start = {ends[0]:g} has alpha = 0 (half log-SNR -inf): give a start below it, e.g. start={ends[0] * 0.999:g}"

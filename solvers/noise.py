@@ -1,6 +1,5 @@
 """Where randomness comes from: one stream per sample."""
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.arguments import whole
 from solvers.schedules import Schedule
 
 # (number of the draw, a tensor like it) -> standard normals of that shape
@@ -31,9 +31,9 @@ class PerSample:
     ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _whole("seed", self.seed)
+        whole("seed", self.seed, 0, 2**63 - 1)
         for sample in self.ids:
-            _whole("ids", sample)
+            whole("ids", sample, 0, 2**63 - 1)
         if len(set(self.ids)) != len(self.ids):
             raise ValueError("ids has a sample twice: two samples would get the same noise")
 
@@ -67,7 +67,9 @@ def per_sample(seed: int, ids: Sequence[int]) -> PerSample:
     Raises:
         ValueError: a seed or id that is not a whole number in range, or an id twice.
     """
-    return PerSample(_whole("seed", seed), tuple(_whole("ids", sample) for sample in ids))
+    return PerSample(
+        whole("seed", seed, 0, 2**63 - 1), tuple(whole("ids", sample, 0, 2**63 - 1) for sample in ids)
+    )
 
 
 def noised(x0: Tensor, schedule: Schedule, t: float, noise: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def noised(x0: Tensor, schedule: Schedule, t: float, noise: Tensor) -> Tensor:
     """
     if noise.shape != x0.shape:
         raise ValueError(f"noise has shape {list(noise.shape)}: expected that of x0, {list(x0.shape)}")
-    level = torch.tensor(t, dtype=torch.float64)
+    level = torch.tensor(t, dtype=torch.float64, device="cpu")
     return float(schedule.alpha(level)) * x0 + float(schedule.sigma(level)) * noise
 
 
@@ -97,13 +99,3 @@ def as_source(noise: "Source | torch.Generator | int", batch: int) -> Source:
     if callable(noise):
         return noise
     return per_sample(noise, range(batch))
-
-
-def _whole(name: str, value: int) -> int:
-    """The number as an int, numpy's included."""
-    whole = (
-        operator.index(value) if hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)) else -1
-    )
-    if not 0 <= whole < 2**63:
-        raise ValueError(f"{name} = {value!r:.100}: expected a whole number from 0 to 2^63 - 1")
-    return whole

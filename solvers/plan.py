@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from solvers.arguments import choice
 from solvers.predictions import mixture
 
 FORMS = ("noise", "data", "velocity")
@@ -19,7 +20,7 @@ MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 10**5, 64, 2**26
 
 
 def _no_draws() -> Tensor:
-    return torch.zeros(0, 0, dtype=torch.float64)
+    return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Plan:
     def __post_init__(self) -> None:
         self._check_types()
         if self.c.numel() == 0:
-            object.__setattr__(self, "c", torch.zeros(len(self.a), 0, dtype=torch.float64))
+            object.__setattr__(self, "c", self.a.new_zeros(len(self.a), 0))
         self._check_shapes()
         self._check_values()
         self._check_reach("b", self.b)
@@ -113,17 +114,19 @@ class Plan:
         if last <= first:
             raise ValueError(f"plan[{first}:{last}] has no rows: expected 0 <= first < last <= {self.nfe}")
         for name, array in (("call", self.b), ("draw", self.c)):
-            i, j = torch.meshgrid(torch.arange(first, last), torch.arange(array.shape[1]), indexing="ij")
-            early = (array[first:last] != 0) & (i - j < first)
+            row, column = _positions(last - first, array.shape[1])
+            early = (array[first:last] != 0) & (column > row)
             if early.any():
-                row, column = (int(v) for v in early.nonzero()[0])
+                i, j = (int(v) for v in early.nonzero()[0])
                 raise ValueError(
-                    f"row {row + first} reads {name} {row + first - column}, which happens before plan[{first}:]; build the "
+                    f"row {i + first} reads {name} {i + first - j}, which happens before plan[{first}:]; build the "
                     f"method on the shorter grid instead, times[{first}:], or resume a run from its State"
                 )
         span = slice(first, last + 1)
         b, c = (array[first:last, : last - first] for array in (self.b, self.c))
-        return Plan(self.times[span], self.alpha[span], self.sigma[span], self.a[first:last], b, c, self.predicts)
+        return Plan(
+            self.times[span], self.alpha[span], self.sigma[span], self.a[first:last], b, c, self.predicts
+        )
 
     def __add__(self, other: "Plan") -> "Plan":
         """This plan and then the other, which starts where this one ends.
@@ -133,11 +136,17 @@ class Plan:
         """
         if not isinstance(other, Plan):
             return NotImplemented
-        mine, theirs = ([float(v[i]) for v in (p.times, p.alpha, p.sigma)] for p, i in ((self, -1), (other, 0)))
+        mine, theirs = (
+            [float(v[i]) for v in (p.times, p.alpha, p.sigma)] for p, i in ((self, -1), (other, 0))
+        )
         if mine != theirs:
-            raise ValueError(f"plans do not meet: one ends at (t, alpha, sigma) = {mine}, the next starts at {theirs}")
+            raise ValueError(
+                f"plans do not meet: one ends at (t, alpha, sigma) = {mine}, the next starts at {theirs}"
+            )
         if self.predicts != other.predicts:
-            raise ValueError(f"plans of different forms cannot be joined: {self.predicts!r} and {other.predicts!r}")
+            raise ValueError(
+                f"plans of different forms cannot be joined: {self.predicts!r} and {other.predicts!r}"
+            )
 
         times, alpha, sigma = (
             torch.cat([getattr(self, n), getattr(other, n)[1:]]) for n in ("times", "alpha", "sigma")
@@ -159,7 +168,10 @@ class Plan:
         ]
         lines.append(["end", f"{self.times[-1]:.6g}", f"{lam[-1]:.6g}"] + [""] * (len(heads) - 3))
         widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-        rows = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (heads, *lines)]
+        rows = [
+            "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in (heads, *lines)
+        ]
         return "\n".join([title, *rows])
 
     def to_json(self) -> str:
@@ -186,11 +198,12 @@ class Plan:
         expected = {"format", "predicts", *_ARRAYS}
         if not isinstance(body, dict) or set(body) != expected:
             odd = sorted(set(body) ^ expected)[:5] if isinstance(body, dict) else type(body).__name__
-            raise ValueError(f"not a plan: fields unknown or missing: {odd!s:.200}; expected exactly {sorted(expected)}")
+            raise ValueError(
+                f"not a plan: fields unknown or missing: {odd!s:.200}; expected exactly {sorted(expected)}"
+            )
         if body["format"] != FORMAT:
             raise ValueError(f"format = {body['format']!r:.100}: expected {FORMAT!r}")
-        if body["predicts"] not in FORMS:
-            raise ValueError(f"predicts = {body['predicts']!r:.100}: expected one of {', '.join(FORMS)}")
+        choice("predicts", body["predicts"], FORMS)
         rows = len(body["a"]) if isinstance(body["a"], list) else 0
         if not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"a has {rows} entries: expected a list of 1 to {MAX_ROWS} numbers")
@@ -198,7 +211,7 @@ class Plan:
             _numbers(name, body[name], rows if name == "a" else rows + 1)
         for name in ("b", "c"):
             _table(name, body[name], rows)
-        arrays = {name: torch.tensor(body[name], dtype=torch.float64) for name in _ARRAYS}
+        arrays = {name: torch.tensor(body[name], dtype=torch.float64, device="cpu") for name in _ARRAYS}
         return Plan(**arrays, predicts=body["predicts"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -232,11 +245,12 @@ class Plan:
         return tuple(getattr(self, name) for name in _ARRAYS)
 
     def _check_types(self) -> None:
-        if self.predicts not in FORMS:
-            raise ValueError(f"predicts = {self.predicts!r}: expected one of {', '.join(map(repr, FORMS))}")
+        choice("predicts", self.predicts, FORMS)
         for name, array in zip(_ARRAYS, self._arrays(), strict=True):
             if not isinstance(array, Tensor) or array.dtype != torch.float64 or array.device.type != "cpu":
-                kind = f"{array.dtype} on {array.device}" if isinstance(array, Tensor) else type(array).__name__
+                kind = (
+                    f"{array.dtype} on {array.device}" if isinstance(array, Tensor) else type(array).__name__
+                )
                 raise TypeError(f"{name} is {kind}: expected a float64 tensor on the CPU")
         if self.a.ndim != 1 or len(self.a) < 1:
             raise ValueError(f"a has shape {list(self.a.shape)}: expected [N] with at least one row")
@@ -260,7 +274,9 @@ class Plan:
             if bad.any():
                 where = [int(i) for i in bad.nonzero()[0]]
                 value = array[tuple(where)].item()
-                raise ValueError(f"{name}{where} = {value:g}: every entry must be finite, of alpha and sigma not negative")
+                raise ValueError(
+                    f"{name}{where} = {value:g}: every entry must be finite, of alpha and sigma not negative"
+                )
         steps = self.times.diff()
         if not ((steps <= 0).all() or (steps >= 0).all()):
             i = int((steps > 0).nonzero()[0])
@@ -269,27 +285,31 @@ class Plan:
             )
 
     def _check_reach(self, name: str, array: Tensor) -> None:
-        i, j = torch.meshgrid(torch.arange(len(array)), torch.arange(array.shape[1]), indexing="ij")
-        early = (array != 0) & (j > i)
+        row, column = _positions(*array.shape)
+        early = (array != 0) & (column > row)
         if early.any():
-            row, column = (int(v) for v in early.nonzero()[0])
-            raise ValueError(f"{name}[{row}, {column}] reads {column} rows back, before the first row")
+            i, j = (int(v) for v in early.nonzero()[0])
+            raise ValueError(f"{name}[{i}, {j}] reads {j} rows back, before the first row")
 
     def _check_consistency(self) -> None:
         """Where x_0 and eps are constant: a_i alpha_i + sum_j b_ij p_{i-j} = alpha_{i+1}; for an ODE likewise sigma and q."""
         p, q = mixture(self.predicts, self.alpha, self.sigma)
-        i, j = torch.meshgrid(torch.arange(self.nfe), torch.arange(self.window), indexing="ij")
-        call = (i - j).clamp(min=0)
-        parts = [("alpha", self.alpha, p)] if self.is_stochastic else [("alpha", self.alpha, p), ("sigma", self.sigma, q)]
+        row, column = _positions(self.nfe, self.window)
+        call = (row - column).clamp(min=0)
+        parts = (
+            [("alpha", self.alpha, p)]
+            if self.is_stochastic
+            else [("alpha", self.alpha, p), ("sigma", self.sigma, q)]
+        )
         for name, level, weight in parts:
             terms = torch.cat([(self.a * level[:-1])[:, None], self.b * weight[call]], 1)
             size = torch.maximum(terms.abs().amax(1), level[1:])
             gap = (terms.sum(1) - level[1:]).abs()
             if (gap > CONSISTENCY * size).any():
-                row = int((gap > CONSISTENCY * size).nonzero()[0])
+                i = int((gap > CONSISTENCY * size).nonzero()[0])
                 raise ValueError(
-                    f"row {row} is not consistent: it carries {name} to {terms[row].sum():.12g}, expected {name}[{row + 1}] = "
-                    f"{level[row + 1]:.12g}"
+                    f"row {i} is not consistent: it carries {name} to {terms[i].sum():.12g}, expected {name}[{i + 1}] = "
+                    f"{level[i + 1]:.12g}"
                 )
 
 
@@ -313,7 +333,7 @@ def fold(x_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     before = torch.cat([torch.ones_like(x_weights[:, :1]), x_weights[:, :-1]], 1)
     ratio = x_weights / before
     rest = weights - ratio[:, :, None] * torch.cat([torch.zeros_like(weights[:, :1]), weights[:, :-1]], 1)
-    k, j = torch.meshgrid(torch.arange(stages), torch.arange(stages), indexing="ij")
+    k, j = _positions(stages, stages)
     b = torch.where(j <= k, rest[:, k, (k - j).clamp(min=0)], 0.0)
     return ratio.reshape(steps * stages), b.reshape(steps * stages, stages)
 
@@ -322,6 +342,11 @@ def stacked(top: Tensor, bottom: Tensor) -> Tensor:
     """The columns of two runs of rows, [N1, K1] over [N2, K2], padded with zeros to [N1 + N2, max(K1, K2)]."""
     width = max(top.shape[1], bottom.shape[1])
     return torch.cat([torch.nn.functional.pad(v, (0, width - v.shape[1])) for v in (top, bottom)])
+
+
+def _positions(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every entry of a table, each broadcasting to [rows, columns]."""
+    return torch.arange(rows, device="cpu")[:, None], torch.arange(columns, device="cpu")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from solvers.schedules import Schedule, number
+from solvers.arguments import choice, number
+from solvers.schedules import Schedule
 
 PREDICTIONS = ("noise", "data", "velocity", "score", "flow", "edm")
 
@@ -50,10 +51,7 @@ class Model:
             raise TypeError(
                 f"label = {self.label!r} is not callable: expected a function of t, e.g. label=schedule.label"
             )
-        if self.predicts not in PREDICTIONS:
-            raise ValueError(
-                f"predicts = {self.predicts!r}: expected one of {', '.join(map(repr, PREDICTIONS))}"
-            )
+        choice("predicts", self.predicts, PREDICTIONS)
         if not 0 < number("sigma_data", self.sigma_data) < math.inf:
             raise ValueError(
                 f"sigma_data = {self.sigma_data}: expected the data's standard deviation, finite and above 0"
@@ -152,7 +150,10 @@ def convert(m: Tensor, x: Tensor, alpha: float, sigma: float, *, have: str, want
             )
     if m.shape != x.shape:
         raise ValueError(f"m has shape {list(m.shape)}: expected that of x, {list(x.shape)}")
-    level = (torch.tensor(alpha, dtype=torch.float64), torch.tensor(sigma, dtype=torch.float64))
+    level = (
+        torch.tensor(alpha, dtype=torch.float64, device="cpu"),
+        torch.tensor(sigma, dtype=torch.float64, device="cpu"),
+    )
     from_x, from_m = conversion(mixture(have, *level), mixture(want, *level), *level)
     if not (from_x.isfinite() and from_m.isfinite()):
         raise ValueError(

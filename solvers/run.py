@@ -18,7 +18,7 @@ from solvers.schedules import Schedule
 
 AnyModel = Model | Callable[[Tensor, Tensor], Tensor]
 Noise = Source | torch.Generator | int
-ONE = {dtype: torch.ones(1, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 class NonFiniteError(ArithmeticError):
@@ -34,7 +34,9 @@ class NonFiniteError(ArithmeticError):
     def __init__(self, call: int, plan: Plan, samples: list[int], state_was_finite: bool):
         self.call, self.samples = call, samples
         self.time, self.half_logsnr = float(plan.times[call]), float(plan.half_logsnr[call])
-        blame = "the x it was given is finite" if state_was_finite else "the x it was given is not finite either"
+        blame = (
+            "the x it was given is finite" if state_was_finite else "the x it was given is not finite either"
+        )
         shown = ", ".join(map(str, samples[:10])) + (", ..." if len(samples) > 10 else "")
         super().__init__(
             f"the model's output is not finite in call {call} of {plan.nfe} (t = {self.time:g}, half log-SNR = "
@@ -100,7 +102,9 @@ def run(
         NonFiniteError: a model output is not finite.
     """
     if not isinstance(plan, Plan):
-        raise TypeError(f"plan is {type(plan).__name__}: expected a Plan, e.g. dpm_solver_pp(schedule, times)")
+        raise TypeError(
+            f"plan is {type(plan).__name__}: expected a Plan, e.g. dpm_solver_pp(schedule, times)"
+        )
     model = as_model(model)
     state = _resumed(plan, x) if isinstance(x, State) else _start(x, grad)
     source = _source(plan, noise, len(state.x))
@@ -108,7 +112,9 @@ def run(
     if len(state.x) == 0:
         return state.x
     if isinstance(model.net, nn.Module) and model.net.training and not grad:
-        warnings.warn("the network is in training mode (dropout, batch statistics): call net.eval()", stacklevel=2)
+        warnings.warn(
+            "the network is in training mode (dropout, batch statistics): call net.eval()", stacklevel=2
+        )
     with torch.set_grad_enabled(grad):
         return _execute(plan, model, state, source, rows, callback, progress, grad)
 
@@ -154,7 +160,9 @@ def sample(
     if not (grid is None or callable(grid)):
         raise TypeError(f"grid = {grid!r:.100}: expected (schedule, steps) -> times, e.g. grid=sv.karras")
     if grid is None:
-        ends = schedule.half_logsnr(torch.tensor([schedule.start, schedule.stop], dtype=torch.float64))
+        ends = schedule.half_logsnr(
+            torch.tensor([schedule.start, schedule.stop], dtype=torch.float64, device="cpu")
+        )
         grid = logsnr if ends.isfinite().all() else uniform
     return run(method(schedule, grid(schedule, steps)), model, x, noise, progress=progress)
 
@@ -236,7 +244,9 @@ def _execute(
     reuse = callback is None and not grad
     last_draw = _last_use(plan.c)
     finite = None if x.device.type == "cpu" else torch.zeros(plan.nfe, len(x), device=x.device)
-    for i in tqdm(range(state.call, plan.nfe), disable=not progress, initial=state.call, total=plan.nfe, unit="call"):
+    for i in tqdm(
+        range(state.call, plan.nfe), disable=not progress, initial=state.call, total=plan.nfe, unit="call"
+    ):
         row = rows[i]
         m = _call(plan, model, row, x, i, state.input_dtype)
         _check_finite(plan, m, x, i, finite)
@@ -252,7 +262,9 @@ def _execute(
             callback(State(x, i + 1, dict(outputs), dict(draws), state.input_dtype))
     if finite is not None and not finite.isfinite().all():
         first = int((~finite.isfinite()).any(1).nonzero()[0])
-        raise NonFiniteError(first, plan, (~finite[first].isfinite()).nonzero().flatten().tolist(), first == 0)
+        raise NonFiniteError(
+            first, plan, (~finite[first].isfinite()).nonzero().flatten().tolist(), first == 0
+        )
     return x
 
 
@@ -316,26 +328,38 @@ def _call(plan: Plan, model: Model, row: _Row, x: Tensor, call: int, dtype: torc
     try:
         m = model.net(given, label)
     except Exception as error:
-        error.add_note(f"raised by the model in {_where(plan, call)}, half log-SNR = {plan.half_logsnr[call]:g}")
+        error.add_note(
+            f"raised by the model in {_where(plan, call)}, half log-SNR = {plan.half_logsnr[call]:g}"
+        )
         raise
     if not isinstance(m, Tensor):
         raise TypeError(
             f"the model returned {type(m).__name__} in {_where(plan, call)}: expected one tensor; unpack it in the callable"
         )
     if not m.is_floating_point():
-        raise TypeError(f"the model returned {m.dtype} in {_where(plan, call)}: expected a floating-point tensor")
+        raise TypeError(
+            f"the model returned {m.dtype} in {_where(plan, call)}: expected a floating-point tensor"
+        )
     if m.shape != x.shape:
         doubled = m.ndim == x.ndim > 1 and m.shape[1] == 2 * x.shape[1]
-        hint = "; if the second half is a learned variance, split it: lambda x, t: net(x, t)[:, :C]" if doubled else ""
+        hint = (
+            "; if the second half is a learned variance, split it: lambda x, t: net(x, t)[:, :C]"
+            if doubled
+            else ""
+        )
         raise ValueError(
             f"the model returned shape {list(m.shape)} in {_where(plan, call)}: expected {list(x.shape)}, the shape of x{hint}"
         )
     if m.device != x.device:
-        raise ValueError(f"the model returned a tensor on {m.device} in {_where(plan, call)}: expected {x.device}, like x")
+        raise ValueError(
+            f"the model returned a tensor on {m.device} in {_where(plan, call)}: expected {x.device}, like x"
+        )
     if m.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         m = m.clone()  # the model gave back its input, which the row is about to overwrite
     if version != (0 if given.is_inference() else given._version):
-        raise ValueError(f"the model changed its input x in place in {_where(plan, call)}: let it work on a clone")
+        raise ValueError(
+            f"the model changed its input x in place in {_where(plan, call)}: let it work on a clone"
+        )
     return m
 
 
@@ -372,11 +396,15 @@ def _resumed(plan: Plan, state: State) -> State:
     if state.x.dtype not in ONE:
         raise TypeError(f"the state's x has dtype {state.x.dtype}: expected float32 or float64")
     if not 0 <= state.call <= plan.nfe:
-        raise ValueError(f"the state's call = {state.call}: expected 0 to {plan.nfe}, the plan's number of calls")
+        raise ValueError(
+            f"the state's call = {state.call}: expected 0 to {plan.nfe}, the plan's number of calls"
+        )
     for held, weights, name in ((state.outputs, plan.b, "output of call"), (state.draws, plan.c, "draw")):
         for n, last in enumerate(_last_use(weights)[: state.call]):
             if last >= state.call and n not in held:
-                raise ValueError(f"the state lacks the {name} {n}, which row {last} reads: it is of another plan")
+                raise ValueError(
+                    f"the state lacks the {name} {n}, which row {last} reads: it is of another plan"
+                )
     return state.clone()
 
 
@@ -401,7 +429,9 @@ def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
     if not plan.is_stochastic:
         return None
     if noise is None:
-        raise ValueError("the plan is stochastic and needs noise: run(plan, model, x, noise=0) seeds one stream per sample")
+        raise ValueError(
+            "the plan is stochastic and needs noise: run(plan, model, x, noise=0) seeds one stream per sample"
+        )
     return as_source(noise, batch)
 
 
@@ -411,11 +441,15 @@ def _labels(model: Model, times: Tensor) -> list[float] | list[int]:
         return times.tolist()
     answer = model.label(times)
     try:
-        labels = torch.as_tensor(answer)
+        labels = torch.as_tensor(answer, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"label gave {answer!s:.200}: expected a number for each of the {len(times)} calls") from error
+        raise TypeError(
+            f"label gave {answer!s:.200}: expected a number for each of the {len(times)} calls"
+        ) from error
     if labels.shape != times.shape or not labels.isfinite().all():
-        raise ValueError(f"label gave {answer!s:.200}: expected a finite number for each of the {len(times)} calls")
+        raise ValueError(
+            f"label gave {answer!s:.200}: expected a finite number for each of the {len(times)} calls"
+        )
     return labels.tolist()
 
 

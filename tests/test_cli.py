@@ -127,7 +127,9 @@ def test_a_plan_makes_the_calls_that_fit(name):
             more = comparison.within(name, schedule, sv.logsnr, calls + 1)
             assert more is not None
             assert more.nfe >= plan.nfe
-    assert all(comparison.within(name, schedule, sv.logsnr, calls).nfe == calls for calls in (6, 12, 24, 48, 96))
+    assert all(
+        comparison.within(name, schedule, sv.logsnr, calls).nfe == calls for calls in (6, 12, 24, 48, 96)
+    )
 
 
 def test_compare_takes_the_users_model(mine):

@@ -70,7 +70,9 @@ def test_dpm_solver_multistep_and_adams_agree_but_for_the_second_order_weight(or
     first_third_order_row = 2
     assert papers.allclose(exact) == (order == 1)
     if order == 3:
-        assert_close(papers.b[first_third_order_row:], exact.b[first_third_order_row:], rtol=1e-12, atol=1e-12)
+        assert_close(
+            papers.b[first_third_order_row:], exact.b[first_third_order_row:], rtol=1e-12, atol=1e-12
+        )
 
 
 def test_third_order_multistep_is_the_released_formula_with_its_second_difference_doubled():
@@ -112,7 +114,9 @@ def test_every_parameterisation_of_a_model_gives_the_same_samples(name, predicts
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("other", [sv.EDM(), sv.Flow(), sv.Flow(shift=3.0), sv.Cosine(), sv.SubVP(), sv.LogSNR()], ids=str)
+@pytest.mark.parametrize(
+    "other", [sv.EDM(), sv.Flow(), sv.Flow(shift=3.0), sv.Cosine(), sv.SubVP(), sv.LogSNR()], ids=str
+)
 def test_schedules_agree_at_equal_log_snr(name, other):
     """x / alpha at given half log-SNR does not depend on the schedule that carries it there."""
     lam = torch.tensor([-2.4, -1.8, -0.9, 0.1, 0.7, 1.9, 2.4], dtype=torch.float64)

@@ -12,7 +12,9 @@ import solvers as sv
 ROOT = Path(sv.__file__).parent
 ROOMS = [
     "phi",
+    "arguments",
     "schedules",
+    "discrete",
     "grids",
     "predictions",
     "plan",
@@ -48,7 +50,9 @@ def test_every_file_has_its_place():
     assert sorted(name for name, _ in rooms()) == sorted(ROOMS)
 
 
-@pytest.mark.parametrize(("name", "path"), list(rooms()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "path"), list(rooms()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_file_imports_only_what_stands_above_it(name, path):
     above = {f"solvers.{room}" for room in ROOMS[: ROOMS.index(name)]}
     ours = {module for module in imports(path) if module.split(".")[0] == "solvers" and module != "solvers"}
@@ -81,7 +85,11 @@ def test_nothing_in_the_core_evaluates_or_unpickles():
     """Plans and records are read as data: no pickle, eval or torch.load anywhere."""
     for _, path in rooms():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        called = {
+            n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
         assert not called & {"eval", "exec", "compile", "__import__"}, path
         assert not {"pickle", "marshal", "shelve", "yaml"} & set(imports(path)), path
-        assert not any(isinstance(n, ast.Attribute) and ast.unparse(n) == "torch.load" for n in ast.walk(tree)), path
+        assert not any(
+            isinstance(n, ast.Attribute) and ast.unparse(n) == "torch.load" for n in ast.walk(tree)
+        ), path

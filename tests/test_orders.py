@@ -28,7 +28,9 @@ def trajectory_slopes(build, problem, span, spacing):
 @pytest.mark.parametrize("name", METHODS)
 def test_trajectories_have_the_declared_order(name, problem, span, spacing):
     if name.endswith("_ramp") and span == FULL:
-        pytest.skip("the data prediction hardly varies at the noisy end, so the ramp's second order shows only later")
+        pytest.skip(
+            "the data prediction hardly varies at the noisy end, so the ramp's second order shows only later"
+        )
     method = METHODS[name]
     tolerance = 0.15 if spacing is even else 0.3
     measured = trajectory_slopes(method.build, problem, span, spacing)
@@ -41,7 +43,7 @@ def test_adams_rows_integrate_polynomials_below_their_order_exactly(order, predi
     def build(schedule, times):
         return sv.exponential_adams(schedule, times, order, predicts)
 
-    shape = SHAPE + [0.9, 1.3, 1.0]
+    shape = [*SHAPE, 0.9, 1.3, 1.0]
     assert row_defects(build, VP, 0.5, shape, 0.25, degree=order - 1).abs().max() < 1e-11
     next_power = [row_defects(build, VP, 0.5, shape, h, degree=order)[-1].abs() for h in (0.25, 0.125)]
     assert slopes(next_power).item() == pytest.approx(order + 1, abs=0.25)
@@ -51,7 +53,9 @@ def test_adams_rows_integrate_polynomials_below_their_order_exactly(order, predi
 def test_each_row_has_the_declared_order(name):
     """As a quadrature: the defect of the last step falls as h^(order + 1) for prescribed powers of half log-SNR."""
     method = METHODS[name]
-    assert row_order(method.build, VP, 0.5, SHAPE, 0.02, degree=method.order) == pytest.approx(method.order, abs=0.15)
+    assert row_order(method.build, VP, 0.5, SHAPE, 0.02, degree=method.order) == pytest.approx(
+        method.order, abs=0.15
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not name.endswith("_ramp")])

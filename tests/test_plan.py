@@ -99,7 +99,9 @@ def test_fold_turns_textbook_stages_into_rows():
         stage = a[2 * step] * x + b[2 * step, 0] * first
         assert_close(stage.item(), (x_weights[step, 0] * x + weights[step, 0, 0] * first).item())
         end = a[2 * step + 1] * stage + b[2 * step + 1, 0] * second + b[2 * step + 1, 1] * first
-        expected = x_weights[step, 1] * x + weights[step, 1] @ torch.tensor([first, second], dtype=torch.float64)
+        expected = x_weights[step, 1] * x + weights[step, 1] @ torch.tensor(
+            [first, second], dtype=torch.float64
+        )
         assert_close(end.item(), expected.item())
         x = end.item()
 
@@ -135,7 +137,7 @@ def test_sigma_zero_and_alpha_zero_are_rows_like_any_other():
     schedule = sv.Flow()
     times = sv.uniform(schedule, 5)
     for name, method in METHODS.items():
-        if "noise" in name or name.startswith("dpm_solver_") and "pp" not in name:
+        if "noise" in name or (name.startswith("dpm_solver_") and "pp" not in name):
             with pytest.raises(ValueError, match="cannot start at alpha = 0"):
                 method.build(schedule, times)
             continue

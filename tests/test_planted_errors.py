@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-import torch
 
 import solvers as sv
 from problems import NARROW, PROBLEMS, VP, exact, starts
@@ -13,8 +12,19 @@ from solvers.methods import METHODS
 from solvers.methods.multistep import _fitted
 
 SHAPE = [1.0, 2.0, 1.5, 0.8, 1.6]
-SMALL = {1: 0.001, 2: 0.001, 3: 0.01, 4: 0.02}  # step at which a defect of that order is small but not yet rounding
-MULTISTEP = ["dpm_solver_multistep_2", "dpm_solver_multistep_3", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "adams_data_4"]
+SMALL = {
+    1: 0.001,
+    2: 0.001,
+    3: 0.01,
+    4: 0.02,
+}  # step at which a defect of that order is small but not yet rounding
+MULTISTEP = [
+    "dpm_solver_multistep_2",
+    "dpm_solver_multistep_3",
+    "dpm_solver_pp_2m",
+    "dpm_solver_pp_3m",
+    "adams_data_4",
+]
 
 
 def order_along_trajectories(build):

@@ -213,13 +213,17 @@ def test_diffusers_third_order_multistep_is_not_of_third_order():
 
 
 def test_diffusers_ddim_is_our_table():
-    scheduler, schedule = peer("DDIMScheduler", clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)
+    scheduler, schedule = peer(
+        "DDIMScheduler", clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+    )
     theirs, times = diffusers_states(scheduler, 8)
     assert_close(ours(sv.ddim(schedule, times)), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_diffusers_ddim_leaves_its_own_grid_where_the_stride_does_not_divide_the_levels():
     """It steps to t - 1000 // n whatever the next time is (failures.md B5)."""
-    scheduler, schedule = peer("DDIMScheduler", clip_sample=False, timestep_spacing="linspace", set_alpha_to_one=True)
+    scheduler, schedule = peer(
+        "DDIMScheduler", clip_sample=False, timestep_spacing="linspace", set_alpha_to_one=True
+    )
     theirs, times = diffusers_states(scheduler, 7)
     assert (ours(sv.ddim(schedule, times)) - theirs).abs().max() > 1e-2

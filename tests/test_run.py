@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import solvers as sv
 from problems import PROBLEMS, VP, generator
-from reference import law, Gaussian
+from reference import Gaussian, law
 
 PLAN = sv.dpm_solver_pp(VP, sv.logsnr(VP, 6), 3)
 MODEL = PROBLEMS["eight"].model(VP)
@@ -102,7 +102,9 @@ def test_a_non_finite_output_is_reported_where_it_happens(bad, call):
             out[3, 0] = bad
         return out
 
-    with pytest.raises(sv.NonFiniteError, match=rf"call {call} of 6 .*samples \[2, 3\]; the x it was given is finite") as caught:
+    with pytest.raises(
+        sv.NonFiniteError, match=rf"call {call} of 6 .*samples \[2, 3\]; the x it was given is finite"
+    ) as caught:
         sv.run(PLAN, model, noise(4, 3))
     error = caught.value
     assert (error.call, error.samples) == (call, [2, 3])
@@ -117,7 +119,11 @@ def test_opposite_infinities_and_huge_finite_values_are_told_apart():
 
     with pytest.raises(sv.NonFiniteError):
         sv.run(PLAN, opposite, noise(2, 3, dtype=torch.float32))
-    huge = sv.run(sv.ddim(VP, sv.logsnr(VP, 1)), lambda x, t: torch.full_like(x, 1e36), noise(2, 300, dtype=torch.float32))
+    huge = sv.run(
+        sv.ddim(VP, sv.logsnr(VP, 1)),
+        lambda x, t: torch.full_like(x, 1e36),
+        noise(2, 300, dtype=torch.float32),
+    )
     assert huge.isfinite().all()
 
 
@@ -160,7 +166,9 @@ def test_channels_last_and_strided_states_give_the_same_samples():
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(plain, last)
     strided = torch.cat([x, x], 3)[..., ::2]
-    assert torch.equal(sv.run(PLAN, lambda x, t: x.sin(), strided), sv.run(PLAN, lambda x, t: x.sin(), strided.clone()))
+    assert torch.equal(
+        sv.run(PLAN, lambda x, t: x.sin(), strided), sv.run(PLAN, lambda x, t: x.sin(), strided.clone())
+    )
     broadcast = sv.run(PLAN, lambda x, t: torch.zeros(1, 1, 1, 1, dtype=x.dtype).expand_as(x), x)
     assert torch.equal(broadcast, sv.run(PLAN, lambda x, t: torch.zeros_like(x), x))
 
@@ -193,7 +201,9 @@ def test_stochastic_runs_have_the_law_of_their_table_and_repeat():
     few = slice(0, 7)
     again = sv.run(plan, data.model(VP), x[few], noise=sv.noise.per_sample(3, range(7)))
     assert_close(again, out[few], rtol=1e-13, atol=1e-13)
-    by_generator = [sv.run(plan, data.model(VP), x[few], noise=torch.Generator().manual_seed(1)) for _ in range(2)]
+    by_generator = [
+        sv.run(plan, data.model(VP), x[few], noise=torch.Generator().manual_seed(1)) for _ in range(2)
+    ]
     assert torch.equal(*by_generator)
 
 
@@ -203,7 +213,11 @@ def test_noise_per_sample_does_not_know_its_batch():
     alone = sv.noise.per_sample(0, [9])(1, like[:1])
     assert torch.equal(together[1:2], alone)
     source = sv.noise.per_sample(0, range(200))
-    first, second, start = source(0, torch.zeros(200, 50)), source(1, torch.zeros(200, 50)), source.initial(50)
+    first, second, start = (
+        source(0, torch.zeros(200, 50)),
+        source(1, torch.zeros(200, 50)),
+        source.initial(50),
+    )
     for a, b in ((first, second), (first, start), (first[:-1], first[1:])):
         assert (a * b).mean().abs() < 4.5 / a.numel() ** 0.5
     assert abs(first.var() - 1) < 4.5 * (2 / first.numel()) ** 0.5
@@ -211,7 +225,9 @@ def test_noise_per_sample_does_not_know_its_batch():
 
 def test_sample_is_run_on_a_good_default():
     x = noise(2, 8)
-    assert torch.equal(sv.sample(MODEL, x, VP, steps=9), sv.run(sv.dpm_solver_pp(VP, sv.logsnr(VP, 9), 2), MODEL, x))
+    assert torch.equal(
+        sv.sample(MODEL, x, VP, steps=9), sv.run(sv.dpm_solver_pp(VP, sv.logsnr(VP, 9), 2), MODEL, x)
+    )
     flow = sv.Flow()
     velocity = sv.Model(PROBLEMS["eight"].model(flow, "flow"), predicts="flow")
     ended = sv.sample(velocity, x, flow, steps=9)

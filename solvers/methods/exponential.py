@@ -64,20 +64,6 @@ def exact_part(predicts: str, s: Levels, t: Levels) -> tuple[Tensor, Tensor, Ten
 RATE = {"noise": 1.0, "data": -1.0}  # of the kernel exp(rate (lam_t - lam))
 
 
-def checked_form(predicts: str) -> str:
-    """The form, if exponential methods know it."""
-    if predicts not in FORMS:
-        raise ValueError(f"predicts = {predicts!r}: expected one of {', '.join(map(repr, FORMS))}")
-    return predicts
-
-
-def checked_order(order: int, highest: int) -> int:
-    """The order, if it is a whole number from 1 to the highest."""
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= highest:
-        raise ValueError(f"order = {order!r}: expected a whole number from 1 to {highest}")
-    return order
-
-
 def reaches_infinity(levels: Levels) -> Tensor:
     """Whether each step starts or ends at infinite half log-SNR, where only a first-order step has a limit, [steps]."""
     infinite = torch.isinf(levels.half_logsnr)

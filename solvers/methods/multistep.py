@@ -5,13 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from solvers.methods.exponential import RATE, Levels, checked_form, checked_order, exact_part, reaches_infinity
+from solvers.arguments import choice, number, whole
+from solvers.methods.exponential import FORMS, RATE, Levels, exact_part, reaches_infinity
 from solvers.methods.singlestep import singlestep
 from solvers.phi import moment
 from solvers.plan import Plan, stacked
-from solvers.schedules import Schedule, number
+from solvers.schedules import Schedule
 
-Weights = Callable[[Tensor, Tensor, float], Tensor]  # (offsets [rows, q-1], h [rows], rate) -> weights [rows, q-1]
+Weights = Callable[
+    [Tensor, Tensor, float], Tensor
+]  # (offsets [rows, q-1], h [rows], rate) -> weights [rows, q-1]
 
 MAX_ORDER = 8
 MAX_STARTED = 4  # one above the highest singlestep order
@@ -36,12 +39,17 @@ def ddim(schedule: Schedule, times: Tensor, eta: float = 0.0) -> Plan:
     s, t = levels[:-1], levels[1:]
     fraction = eta**2 * -torch.expm1(-2 * (t.half_logsnr - s.half_logsnr))
     a = t.sigma / s.sigma * torch.sqrt(1 - fraction)
-    c = (t.sigma * torch.sqrt(fraction))[:, None] if eta else torch.zeros(len(a), 0, dtype=a.dtype)
+    c = (t.sigma * torch.sqrt(fraction))[:, None] if eta else a.new_zeros(len(a), 0)
     return Plan(levels.times, levels.alpha, levels.sigma, a, (t.alpha - a * s.alpha)[:, None], c, "data")
 
 
 def exponential_adams(
-    schedule: Schedule, times: Tensor, order: int, predicts: str = "data", start: str = "ramp", final: str = "full"
+    schedule: Schedule,
+    times: Tensor,
+    order: int,
+    predicts: str = "data",
+    start: str = "ramp",
+    final: str = "full",
 ) -> Plan:
     """Exponential Adams-Bashforth: the prediction's polynomial in half log-SNR through past calls, integrated exactly.
 
@@ -59,7 +67,8 @@ def exponential_adams(
         final: "full" | "lower"; "lower" ends with orders p - 1, ..., 1, steadier where the last steps of half log-SNR
             are large. A last step to sigma = 0 always has order 1.
     """
-    return _multistep(schedule, times, checked_order(order, MAX_ORDER), predicts, start, final, second_order=_fitted)
+    whole("order", order, 1, MAX_ORDER)
+    return _multistep(schedule, times, order, predicts, start, final, second_order=_fitted)
 
 
 def dpm_solver_multistep(
@@ -72,7 +81,8 @@ def dpm_solver_multistep(
     second difference and is of second order; here the weights are exact (`exponential_adams`).
     See `exponential_adams` for start and final.
     """
-    return _multistep(schedule, times, checked_order(order, 3), "noise", start, final, second_order=_midpoint)
+    whole("order", order, 1, 3)
+    return _multistep(schedule, times, order, "noise", start, final, second_order=_midpoint)
 
 
 def dpm_solver_pp(
@@ -91,21 +101,29 @@ def dpm_solver_pp(
     factor 2 of the second difference and is of second order; here its weights are exact (`exponential_adams`).
     See `exponential_adams` for start and final, which belong to kind = "multistep".
     """
-    checked_order(order, 3)
-    if _choice("kind", kind, KINDS) == "multistep":
+    whole("order", order, 1, 3)
+    if choice("kind", kind, KINDS) == "multistep":
         return _multistep(schedule, times, order, "data", start, final, second_order=_midpoint)
     if (start, final) != ("ramp", "full"):
-        raise ValueError(f"start = {start!r}, final = {final!r} have no use with kind = 'singlestep': leave them out")
+        raise ValueError(
+            f"start = {start!r}, final = {final!r} have no use with kind = 'singlestep': leave them out"
+        )
     return singlestep(schedule, times, order, "data")
 
 
 def _multistep(
-    schedule: Schedule, times: Tensor, order: int, predicts: str, start: str, final: str, second_order: Weights
+    schedule: Schedule,
+    times: Tensor,
+    order: int,
+    predicts: str,
+    start: str,
+    final: str,
+    second_order: Weights,
 ) -> Plan:
     """Adams rows behind a ramp or a singlestep start; second_order gives the weights of rows of order 2."""
-    checked_form(predicts)
-    _choice("start", start, STARTS)
-    _choice("final", final, FINALS)
+    choice("predicts", predicts, FORMS)
+    choice("start", start, STARTS)
+    choice("final", final, FINALS)
     levels = Levels.of(schedule, times)
     steps = len(levels.times) - 1
     started = 0
@@ -126,13 +144,15 @@ def _multistep(
     reach = max(int(calls[i] - calls[i - q + 1]) for i, q in enumerate(orders, start=started))
     b = a.new_zeros(len(a), 1 + reach)
     for q in set(orders) - {1}:
-        rows = torch.tensor([i for i, o in enumerate(orders) if o == q])
-        nodes = (rows + started)[:, None] - torch.arange(1, q)
+        rows = torch.tensor([i for i, o in enumerate(orders) if o == q], device="cpu")
+        nodes = (rows + started)[:, None] - torch.arange(1, q, device="cpu")
         here = s.half_logsnr[rows]
         weights = second_order if q == 2 else _fitted
         columns = calls[rows + started][:, None] - calls[nodes]
         offsets = levels.half_logsnr[nodes] - here[:, None]
-        b[rows[:, None], columns] = scale[rows, None] * weights(offsets, t.half_logsnr[rows] - here, RATE[predicts])
+        b[rows[:, None], columns] = scale[rows, None] * weights(
+            offsets, t.half_logsnr[rows] - here, RATE[predicts]
+        )
     b[:, 0] = total - b.sum(1)
     if head is None:
         return Plan(levels.times, levels.alpha, levels.sigma, a, b, predicts=predicts)
@@ -155,7 +175,7 @@ def _orders(levels: Levels, order: int, final: str) -> list[int]:
 
 def _calls_of_nodes(levels: Levels, start_order: int, started: int) -> Tensor:
     """The number of the call made at each grid point: the first `started` steps make start_order calls, the rest one."""
-    per_step = torch.ones(len(levels.times) - 1, dtype=torch.long)
+    per_step = torch.ones(len(levels.times) - 1, dtype=torch.long, device="cpu")
     per_step[:started] = torch.where(reaches_infinity(levels)[:started], 1, start_order)
     return per_step.cumsum(0) - per_step
 
@@ -171,7 +191,7 @@ def _fitted(offsets: Tensor, h: Tensor, rate: float) -> Tensor:
     Returns:
         [rows, q - 1]; the current call takes what consistency leaves, which is k = 0.
     """
-    powers = torch.arange(1, offsets.shape[1] + 1)
+    powers = torch.arange(1, offsets.shape[1] + 1, device="cpu")
     ratios = offsets / h[:, None]
     moments = torch.stack([moment(k, h, rate) / h**k for k in powers.tolist()], 1)
     return torch.linalg.solve(ratios[:, None, :] ** powers[:, None], moments)
@@ -180,9 +200,3 @@ def _fitted(offsets: Tensor, h: Tensor, rate: float) -> Tensor:
 def _midpoint(offsets: Tensor, h: Tensor, rate: float) -> Tensor:
     """The second-order weight of the papers: h phi_1 / 2 in place of h phi_2, before the divided difference."""
     return moment(0, h, rate)[:, None] / 2 * h[:, None] / offsets
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} = {value!r}: expected one of {', '.join(map(repr, allowed))}")
-    return value

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from solvers.grids import logsnr
-from solvers.methods.exponential import RATE, Levels, checked_form, checked_order, exact_part, reaches_infinity
+from solvers.arguments import choice, number, whole
+from solvers.grids import MAX_STEPS, logsnr
+from solvers.methods.exponential import FORMS, RATE, Levels, exact_part, reaches_infinity
 from solvers.phi import phi
 from solvers.plan import Plan, fold
-from solvers.schedules import Schedule, number
+from solvers.schedules import Schedule
 
 Phi = Callable[..., Tensor]  # (k, c=1.0) -> phi_k(c z), [steps]
 
@@ -35,7 +36,9 @@ def dpm_solver(
     return singlestep(schedule, times, order, "noise", r1, r2)
 
 
-def dpm_solver_fast(schedule: Schedule, nfe: int = 10, *, start: float | None = None, stop: float | None = None) -> Plan:
+def dpm_solver_fast(
+    schedule: Schedule, nfe: int = 10, *, start: float | None = None, stop: float | None = None
+) -> Plan:
     """DPM-Solver-fast: DPM-Solver-3 on a log-SNR-uniform grid, its last steps lowered so that exactly `nfe` calls are made.
 
     Order 2, by the lowered last steps (3 where nfe = 2 mod 3); ODE; noise form.
@@ -47,12 +50,13 @@ def dpm_solver_fast(schedule: Schedule, nfe: int = 10, *, start: float | None = 
         start: first time; the schedule's own if None.
         stop: last time, with sigma > 0; the schedule's own if None.
     """
-    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
-        raise ValueError(f"nfe = {nfe!r}: expected a whole number of calls, at least 1")
+    whole("nfe", nfe, 1, MAX_STEPS, example=10)
     thirds, left = divmod(nfe, 3)
     orders = [3] * (thirds - 1) + [2, 1] if left == 0 else [3] * thirds + [left]
     times = logsnr(schedule, len(orders), start=start, stop=stop)
-    runs = [(order, [i for i, o in enumerate(orders) if o == order]) for order in (3, 2, 1) if order in orders]
+    runs = [
+        (order, [i for i, o in enumerate(orders) if o == order]) for order in (3, 2, 1) if order in orders
+    ]
     plans = [dpm_solver(schedule, times[steps[0] : steps[-1] + 2], order) for order, steps in runs]
     return sum(plans[1:], plans[0])
 
@@ -70,8 +74,8 @@ def singlestep(
     Order 2 is the paper's variant: weight phi_1 / (2 r1) of the stage.
     Source: Lu et al. 2022 (arXiv 2206.00927) and (arXiv 2211.01095), algorithm 1; see `dpm_solver`.
     """
-    checked_form(predicts)
-    checked_order(order, 3)
+    choice("predicts", predicts, FORMS)
+    whole("order", order, 1, 3)
     for name, value, least in (("r1", r1, 2), ("r2", r2, 3)):
         if value is not None and order < least:
             raise ValueError(f"{name} = {value!r} has no use with order = {order}: leave it out")
@@ -82,7 +86,9 @@ def singlestep(
         return exponential_rk(schedule, times, predicts, (0.0, c2), lambda p: [[], [p(1) / (2 * c2)]])
     c2, c3 = _position("r1", 1 / 3 if r1 is None else r1), _position("r2", 2 / 3 if r2 is None else r2)
     if not c2 < c3 or abs(c2 - 2 / 3) < 1e-9:
-        raise ValueError(f"r1 = {c2:g}, r2 = {c3:g}: order 3 needs r1 < r2 and r1 other than 2/3, e.g. r1=1/3, r2=2/3")
+        raise ValueError(
+            f"r1 = {c2:g}, r2 = {c3:g}: order 3 needs r1 < r2 and r1 other than 2/3, e.g. r1=1/3, r2=2/3"
+        )
 
     def weights(p: Phi) -> list[list[Tensor]]:
         gamma = (3 * c3**2 - 2 * c3) / (c2 * (2 - 3 * c2))

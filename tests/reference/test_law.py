@@ -4,11 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from textbook import ancestral, ddim, heun, run, table, two_step
 from torch.testing import assert_close
 
 from reference import Gaussian, law
 from solvers.schedules import VP, Flow
+from textbook import ancestral, ddim, heun, run, table, two_step
 
 TIMES = torch.linspace(0.9, 0.1, 6, dtype=torch.float64)
 

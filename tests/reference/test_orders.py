@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from textbook import ancestral, ddim, heun, run, table, two_step
 from torch.testing import assert_close
 
 from reference import (
@@ -19,6 +18,7 @@ from reference import (
 )
 from reference.orders import _moment, grid
 from solvers.schedules import VP
+from textbook import ancestral, ddim, heun, run, table, two_step
 
 START, STOP = 0.8, 0.1
 STEPS = (0.8, 1.3, 1.0)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from textbook import Table
 from torch.testing import assert_close
 
 from reference import rows, trace
+from textbook import Table
 
 N = 4
 
