@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from solvers.grids import logsnr, uniform
 from solvers.methods.multistep import dpm_solver_pp
-from solvers.noise import Source, as_source
+from solvers.noise import PerSample, Source, as_source
 from solvers.plan import Plan
 from solvers.predictions import Model, as_model, conversion, mixture
 from solvers.schedules import Schedule
@@ -254,7 +254,7 @@ def _execute(
         x = _combined(row, x, m, outputs, i) if grad else _combined_in_place(row, x, m, outputs, i, reuse)
         if source is not None:
             if last_draw[i] >= i:
-                draws[i] = source(i, x)
+                draws[i] = _draw(source, i, x)
             for draw, weight in row.draws:
                 x = x + weight * draws[draw] if grad else x.add_(draws[draw], alpha=weight)
             draws = {draw: z for draw, z in draws.items() if last_draw[draw] > i}
@@ -432,7 +432,19 @@ def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
         raise ValueError(
             "the plan is stochastic and needs noise: run(plan, model, x, noise=0) seeds one stream per sample"
         )
-    return as_source(noise, batch)
+    source = as_source(noise, batch)
+    if isinstance(source, PerSample) and len(source.ids) != batch:
+        raise ValueError(f"noise is for {len(source.ids)} samples, but the batch has {batch}: give one id per sample")
+    return source
+
+
+def _draw(source: Source, number: int, x: Tensor) -> Tensor:
+    """One draw, its contract checked."""
+    z = source(number, x)
+    if not isinstance(z, Tensor) or z.shape != x.shape or z.device != x.device:
+        came = f"shape {list(z.shape)} on {z.device}" if isinstance(z, Tensor) else type(z).__name__
+        raise ValueError(f"noise gave {came} in draw {number}: expected shape {list(x.shape)} on {x.device}, like x")
+    return z
 
 
 def _labels(model: Model, times: Tensor) -> list[float] | list[int]:

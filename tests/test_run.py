@@ -264,3 +264,27 @@ def test_convert_refuses_what_the_level_does_not_determine():
         sv.convert(noise(2), noise(2), 0.0, 1.0, have="noise", want="data")
     same = noise(2)
     assert torch.equal(sv.convert(same, noise(2), 0.0, 1.0, have="noise", want="noise"), same)
+
+
+def test_a_default_device_changes_no_plan():
+    """Users write torch.set_default_device("cuda"); coefficients stay on the host all the same."""
+    schedules = [VP, sv.Discrete.linear(), sv.Flow(), sv.LogSNR(gamma=lambda t: 5 * t)]
+    for schedule in schedules:
+        grid = sv.trailing if isinstance(schedule, sv.Discrete) else sv.uniform
+        plan = sv.exponential_adams(schedule, grid(schedule, 9), 3, start="singlestep")
+        with torch.device("meta"):
+            elsewhere = sv.exponential_adams(schedule, grid(schedule, 9), 3, start="singlestep")
+            assert sv.Plan.from_json(elsewhere.to_json()) == plan
+
+
+def test_noise_that_would_broadcast_is_refused():
+    plan = sv.ddim(VP, sv.logsnr(VP, 4), eta=1.0)
+    x = noise(4, 3)
+    with pytest.raises(ValueError, match=r"noise gave shape \[1, 3\] on cpu in draw 0: expected shape \[4, 3\]"):
+        sv.run(plan, lambda x, t: x, x, noise=lambda draw, like: torch.zeros_like(like[:1]))
+    with pytest.raises(ValueError, match="noise gave NoneType"):
+        sv.run(plan, lambda x, t: x, x, noise=lambda draw, like: None)
+    calls = []
+    with pytest.raises(ValueError, match="noise is for 3 samples, but the batch has 4"):
+        sv.run(plan, lambda x, t: calls.append(t) or x, x, noise=sv.noise.per_sample(0, range(3)))
+    assert calls == []
