@@ -56,7 +56,11 @@ class Discrete:
         positive(beta_min=beta_min, beta_max=beta_max)
         return cls(
             torch.linspace(
-                beta_min, beta_max, whole("levels", levels, 2, MAX_LEVELS, example=1000), dtype=torch.float64, device="cpu"
+                beta_min,
+                beta_max,
+                whole("levels", levels, 2, MAX_LEVELS, example=1000),
+                dtype=torch.float64,
+                device="cpu",
             )
         )
 
@@ -82,7 +86,9 @@ class Discrete:
         """beta_n = min(1 - F((n+1)/N) / F(n/N), cap), F = cos^2. Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17."""
         positive(shift=shift, beta_cap=beta_cap)
         t = (
-            torch.arange(whole("levels", levels, 2, MAX_LEVELS, example=1000) + 1, dtype=torch.float64, device="cpu")
+            torch.arange(
+                whole("levels", levels, 2, MAX_LEVELS, example=1000) + 1, dtype=torch.float64, device="cpu"
+            )
             / levels
         )
         f = torch.cos(math.pi / 2 * (t + shift) / (1 + shift)) ** 2

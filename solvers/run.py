@@ -18,6 +18,8 @@ from solvers.schedules import Schedule
 
 AnyModel = Model | Callable[[Tensor, Tensor], Tensor]
 Noise = Source | torch.Generator | int
+ScaledAdd = tuple[Tensor, float, Tensor, float]  # (y, scale, u, weight): y <- scale y + weight u, in place
+PIECE = 2**18  # elements of a state that a CPU's cache holds several times over
 ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
@@ -243,15 +245,20 @@ def _execute(
     x, outputs, draws = state.x, dict(state.outputs), dict(state.draws)
     reuse = callback is None and not grad
     last_draw = _last_use(plan.c)
-    finite = None if x.device.type == "cpu" else torch.zeros(plan.nfe, len(x), device=x.device)
-    for i in tqdm(
-        range(state.call, plan.nfe), disable=not progress, initial=state.call, total=plan.nfe, unit="call"
-    ):
+    norms = None if x.device.type == "cpu" else torch.zeros(plan.nfe, len(x), device=x.device)
+    calls = range(state.call, plan.nfe)
+    for i in tqdm(calls, disable=not progress, initial=state.call, total=plan.nfe, unit="call"):
         row = rows[i]
         m = _call(plan, model, row, x, i, state.input_dtype)
-        _check_finite(plan, m, x, i, finite)
-        m = m.to(x.dtype)
-        x = _combined(row, x, m, outputs, i) if grad else _combined_in_place(row, x, m, outputs, i, reuse)
+        if norms is not None:
+            torch.linalg.vector_norm(
+                m.detach().reshape(len(m), -1).float(), ord=math.inf, dim=1, out=norms[i]
+            )
+        new = _combined(row, x, m, outputs, i) if grad else _combined_in_place(row, x, m, outputs, i, reuse)
+        if new is None:
+            hit = ~m.detach().reshape(len(m), -1).isfinite().all(1)  # x is whole where m is not
+            raise NonFiniteError(i, plan, hit.nonzero().flatten().tolist(), _is_finite(x))
+        x = new
         if source is not None:
             if last_draw[i] >= i:
                 draws[i] = _draw(source, i, x)
@@ -260,16 +267,17 @@ def _execute(
             draws = {draw: z for draw, z in draws.items() if last_draw[draw] > i}
         if callback is not None:
             callback(State(x, i + 1, dict(outputs), dict(draws), state.input_dtype))
-    if finite is not None and not finite.isfinite().all():
-        first = int((~finite.isfinite()).any(1).nonzero()[0])
-        raise NonFiniteError(
-            first, plan, (~finite[first].isfinite()).nonzero().flatten().tolist(), first == 0
-        )
+    if norms is not None and not norms.isfinite().all():  # the one read-back
+        hit = ~norms.isfinite()
+        first = int(hit.any(1).nonzero()[0])
+        raise NonFiniteError(first, plan, hit[first].nonzero().flatten().tolist(), state_was_finite=True)
     return x
 
 
-def _combined(row: _Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call: int) -> Tensor:
-    """The row as a formula that gradients flow through."""
+def _combined(row: _Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call: int) -> Tensor | None:
+    """The row as a formula that gradients flow through; None if m is not finite."""
+    if m.device.type == "cpu" and not _is_finite(m.detach()):
+        return None
     new = row.x_weight * x + row.output_weight * m
     for past, weight in row.past:
         new = new + weight * outputs[past]
@@ -282,41 +290,72 @@ def _combined(row: _Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call:
 
 def _combined_in_place(
     row: _Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call: int, reuse: bool
-) -> Tensor:
-    """The row in as few passes over memory as there are terms; `reuse` lets it overwrite x and outputs read for the last time."""
+) -> Tensor | None:
+    """The row as scaled additions; None if m is not finite.
+
+    `reuse` lets it overwrite x and outputs that are read for the last time.
+    """
     past = dict(row.past)
     if not reuse:
         x = x.clone()
-    kept: Tensor | None = None
-    if row.keep and row.swap:  # kept takes the place of x, and x that of an output no longer needed
-        kept = _scaled_add(x, row.keep[0], m, row.keep[1])
-        x, scale = torch.empty_like(kept), 0.0
+    steps: list[ScaledAdd] = []
+    if (
+        row.keep and row.swap
+    ):  # the kept output takes the place of x, and x that of an output no longer needed
+        outputs[call] = x
+        steps.append((x, row.keep[0], m, row.keep[1]))
         if row.done:
             x, scale = outputs[row.done[0]], past.pop(row.done[0])
             x = x if reuse else x.clone()
-        _scaled_add(x, scale, kept, row.swap[0])
-        _scaled_add(x, 1.0, m, row.swap[1])
+        else:
+            x, scale = torch.empty_like(x), 0.0
+        steps += [(x, scale, outputs[call], row.swap[0]), (x, 1.0, m, row.swap[1])]
     else:
         if row.keep:
-            kept = _scaled_add(x.clone(), row.keep[0], m, row.keep[1])
-        _scaled_add(x, row.x_weight, m, row.output_weight)
-    for old, weight in past.items():
-        x.add_(outputs[old], alpha=weight)
+            outputs[call] = x.clone()
+            steps.append((outputs[call], row.keep[0], m, row.keep[1]))
+        steps.append((x, row.x_weight, m, row.output_weight))
+    steps += [(x, 1.0, outputs[old], weight) for old, weight in past.items()]
+    if not _scaled_adds(steps, m):
+        return None
     for old in row.done:
         outputs.pop(old, None)
-    if kept is not None:
-        outputs[call] = kept
     return x
 
 
-def _scaled_add(y: Tensor, scale: float, u: Tensor, weight: float) -> Tensor:
-    """y <- scale y + weight u. On a CPU in one pass over memory, which torch offers as a matrix of one column times [1]."""
-    if y.device.type == "cpu" and y.stride() == u.stride():
-        column = u.as_strided((u.numel(), 1), (1, 1))
-        flat = y.as_strided((y.numel(),), (1,))
-        torch.addmv(flat, column, ONE[y.dtype], beta=scale, alpha=weight, out=flat)
-        return y
-    return torch.mul(u, weight, out=y) if scale == 0 else y.mul_(scale).add_(u, alpha=weight)
+def _scaled_adds(steps: list[ScaledAdd], m: Tensor) -> bool:
+    """Each y <- scale y + weight u in turn; False, on a CPU, as soon as m turns out not to be finite.
+
+    A large state on a CPU goes through all of them piece by piece, while the piece is in the cache.
+    """
+    on_host = m.device.type == "cpu"
+    if (
+        on_host
+        and m.numel() > PIECE
+        and all(m.stride() == t.stride() for y, _, u, _ in steps for t in (y, u))
+    ):
+
+        def flat(t: Tensor) -> Tensor:
+            return t.as_strided((t.numel(),), (1,))
+
+        lines = [(flat(y), scale, flat(u), weight) for y, scale, u, weight in steps]
+        for i in range(0, m.numel(), PIECE):
+            if not _is_finite(flat(m)[i : i + PIECE]):
+                return False
+            for y, scale, u, weight in lines:
+                y, u = y[i : i + PIECE], u[i : i + PIECE, None]
+                torch.addmv(
+                    y, u, ONE[y.dtype], beta=scale, alpha=weight, out=y
+                )  # in one pass: u [n, 1] times [1]
+        return True
+    if on_host and not _is_finite(m):
+        return False
+    for y, scale, u, weight in steps:
+        if scale == 0:
+            torch.mul(u, weight, out=y)
+        else:
+            (y if scale == 1 else y.mul_(scale)).add_(u, alpha=weight)
+    return True
 
 
 def _call(plan: Plan, model: Model, row: _Row, x: Tensor, call: int, dtype: torch.dtype) -> Tensor:
@@ -360,27 +399,19 @@ def _call(plan: Plan, model: Model, row: _Row, x: Tensor, call: int, dtype: torc
         raise ValueError(
             f"the model changed its input x in place in {_where(plan, call)}: let it work on a clone"
         )
-    return m
+    return m.to(x.dtype)
 
 
 def _where(plan: Plan, call: int) -> str:
     return f"call {call} of {plan.nfe}, t = {plan.times[call]:g}"
 
 
-def _check_finite(plan: Plan, m: Tensor, x: Tensor, call: int, finite: Tensor | None) -> None:
-    """On a CPU at once; on an accelerator noted in `finite` [N, B], to be read after the last row."""
-    m = m.detach()
-    if finite is not None:
-        torch.linalg.vector_norm(m.reshape(len(m), -1).float(), ord=math.inf, dim=1, out=finite[call])
-    elif not _is_finite(m):
-        hit = ~m.reshape(len(m), -1).isfinite().all(1)
-        raise NonFiniteError(call, plan, hit.nonzero().flatten().tolist(), _is_finite(x))
-
-
 def _is_finite(x: Tensor) -> bool:
-    """Whether every entry is finite. A sum is read ten times faster; only where finite values overflow it, look closer."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
+    """Whether every entry is finite. A sum of squares is read many times faster than `isfinite`; only where it overflows, look closer."""
+    flat = x.reshape(-1)
+    if flat.dtype not in ONE:
+        flat = flat.float()
+    return math.isfinite(torch.dot(flat, flat).item()) or bool(flat.isfinite().all())
 
 
 def _start(x: Tensor, grad: bool) -> State:
@@ -434,7 +465,9 @@ def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
         )
     source = as_source(noise, batch)
     if isinstance(source, PerSample) and len(source.ids) != batch:
-        raise ValueError(f"noise is for {len(source.ids)} samples, but the batch has {batch}: give one id per sample")
+        raise ValueError(
+            f"noise is for {len(source.ids)} samples, but the batch has {batch}: give one id per sample"
+        )
     return source
 
 
@@ -443,7 +476,9 @@ def _draw(source: Source, number: int, x: Tensor) -> Tensor:
     z = source(number, x)
     if not isinstance(z, Tensor) or z.shape != x.shape or z.device != x.device:
         came = f"shape {list(z.shape)} on {z.device}" if isinstance(z, Tensor) else type(z).__name__
-        raise ValueError(f"noise gave {came} in draw {number}: expected shape {list(x.shape)} on {x.device}, like x")
+        raise ValueError(
+            f"noise gave {came} in draw {number}: expected shape {list(x.shape)} on {x.device}, like x"
+        )
     return z
 
 

@@ -280,7 +280,9 @@ def test_a_default_device_changes_no_plan():
 def test_noise_that_would_broadcast_is_refused():
     plan = sv.ddim(VP, sv.logsnr(VP, 4), eta=1.0)
     x = noise(4, 3)
-    with pytest.raises(ValueError, match=r"noise gave shape \[1, 3\] on cpu in draw 0: expected shape \[4, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"noise gave shape \[1, 3\] on cpu in draw 0: expected shape \[4, 3\]"
+    ):
         sv.run(plan, lambda x, t: x, x, noise=lambda draw, like: torch.zeros_like(like[:1]))
     with pytest.raises(ValueError, match="noise gave NoneType"):
         sv.run(plan, lambda x, t: x, x, noise=lambda draw, like: None)
