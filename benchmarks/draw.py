@@ -6,7 +6,7 @@ python benchmarks/draw.py results/*.jsonl --out results --into docs/benchmarks.m
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from itertools import cycle, product
+from itertools import chain, cycle, product
 from math import prod
 from pathlib import Path
 
@@ -37,7 +37,7 @@ STYLE = {
     "grid.color": "#e6e6e6",
     "lines.linewidth": 1.3,
     "lines.markersize": 4,
-    "savefig.dpi": 160,
+    "savefig.dpi": 130,
 }
 BASELINES = ("one torch.add_", "ideal single pass", "diffusers 2M")  # grey in the figure: not ours
 TICKS = (5, 10, 20, 50, 100)
@@ -216,10 +216,8 @@ def error_table(records: Sequence[WorkPrecision], columns: Sequence[int]) -> str
             for name, line in best([r for r in chosen if r.problem == problem], lambda r: r.method).items():
                 at = {r.calls: f"{r.rmse:.1e}" for r in line}
                 cells.setdefault(name, []).extend(at.get(calls, "") for calls in columns)
-        heads = [
-            f"{schedule}: method",
-            *(f"{problem}, {calls} calls" for problem in problems for calls in columns),
-        ]
+        shown = ((f"{problem}: {columns[0]} calls", *map(str, columns[1:])) for problem in problems)
+        heads = [f"{schedule}: method", *chain.from_iterable(shown)]
         parts.append(_markdown(heads, [[f"`{name}`", *row] for name, row in cells.items()]))
     return "\n\n".join(parts)
 
@@ -239,7 +237,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("records", type=Path, nargs="+", help="JSONL files of step.py and work_precision.py")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for figures and tables")
-    parser.add_argument("--into", type=Path, help="Markdown file that has places for the tables")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        help="Markdown file with places for the tables; default: files of their own in the folder",
+    )
     parser.add_argument(
         "--columns", type=int, nargs="+", default=[5, 10, 20, 50], help="calls shown in the table"
     )
@@ -261,11 +263,9 @@ def main(argv: list[str] | None = None) -> None:
             figure.savefig(given.out / f"{name}.png")
             plt.close(figure)
     for name, table in tables.items():
-        (given.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
-        if given.into:
-            given.into.write_text(
-                insert(given.into.read_text(encoding="utf-8"), name, table), encoding="utf-8"
-            )
+        path = given.into or given.out / f"{name}.md"
+        text = insert(path.read_text(encoding="utf-8"), name, table) if given.into else table + "\n"
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

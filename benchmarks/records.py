@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,17 @@ def versions() -> dict[str, str]:
         "solvers": version("diffusion-solvers"),
         "threads": str(torch.get_num_threads()),
     }
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """This many threads of torch for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

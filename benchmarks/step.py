@@ -15,7 +15,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from records import Step, write
+from records import Step, threads, write
 from torch import Tensor
 
 import solvers as sv
@@ -76,10 +76,10 @@ def _diffusers(net: Net, x: Tensor, calls: int) -> Callable[[], Tensor]:
         scheduler.set_timesteps(calls)
 
     def loop() -> Tensor:
-        fresh, sample = (
-            copy.copy(scheduler),
-            x,
+        fresh = copy.copy(
+            scheduler
         )  # before its first step: set_timesteps is outside the clock, as plans are
+        sample = x
         for t in fresh.timesteps:
             sample = fresh.step(net(sample, t), t, sample, return_dict=False)[0]
         return sample
@@ -154,11 +154,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
-    torch.set_num_threads(given.threads)
     shapes = [tuple(map(int, text.split("x"))) for text in given.shape] if given.shape else list(CASES)
     defaults = {shape: CASES.get(shape, (50, 100)) for shape in shapes}
     cases = {s: (given.calls or calls, given.rounds or rounds) for s, (calls, rounds) in defaults.items()}
-    write(given.out, _records(cases, given.seed))
+    with threads(given.threads):
+        write(given.out, _records(cases, given.seed))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from records import WorkPrecision, write
+from records import WorkPrecision, threads, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -132,9 +132,11 @@ def main(argv: list[str] | None = None) -> None:
         )
     parser.add_argument("--calls", nargs="+", type=int, default=CALLS, metavar="n")
     parser.add_argument("--starts", type=int, help="trajectories per problem; default: 256, 128, 8")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1; the problems are small")
     parser.add_argument("--seed", type=int, default=0)
     given = vars(parser.parse_args(argv))
-    write(given.pop("out"), records(**given))
+    with threads(given.pop("threads")):
+        write(given.pop("out"), records(**given))
 
 
 if __name__ == "__main__":

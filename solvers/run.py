@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -169,8 +170,7 @@ def sample(
     return run(method(schedule, grid(schedule, steps)), model, x, noise, progress=progress)
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """One row with the conversion of the model's output folded in; every weight a host float.
 
     x <- x_weight x + output_weight m + sum over past + sum over draws, and, where a later row reads this call,
@@ -296,31 +296,32 @@ def _combined_in_place(
     `reuse` lets it overwrite x and outputs that are read for the last time.
     """
     past = dict(row.past)
-    if not reuse:
-        x = x.clone()
-    steps: list[ScaledAdd] = []
-    if (
-        row.keep and row.swap
-    ):  # the kept output takes the place of x, and x that of an output no longer needed
-        outputs[call] = x
-        steps.append((x, row.keep[0], m, row.keep[1]))
-        if row.done:
-            x, scale = outputs[row.done[0]], past.pop(row.done[0])
-            x = x if reuse else x.clone()
+    spent = row.done[0] if row.done else -1  # an output whose memory is free once its weight is in
+    x = x if reuse else x.clone()
+    new, first, last = x, [(x, row.x_weight, m, row.output_weight)], []
+    if row.keep:
+        keep_x, keep_m = row.keep
+        spare = torch.empty_like(x) if spent < 0 else outputs[spent] if reuse else outputs[spent].clone()
+        if row.swap:  # the kept output takes the place of x, and x that of the spent one
+            outputs[call], new = x, spare
+            first = [
+                (x, keep_x, m, keep_m),
+                (new, past.pop(spent, 0.0), x, row.swap[0]),
+                (new, 1.0, m, row.swap[1]),
+            ]
+        elif keep_x == 0:  # the network predicts in the plan's form
+            outputs[call] = spare
+            last = [(spare, 0.0, m, keep_m)]
         else:
-            x, scale = torch.empty_like(x), 0.0
-        steps += [(x, scale, outputs[call], row.swap[0]), (x, 1.0, m, row.swap[1])]
-    else:
-        if row.keep:
             outputs[call] = x.clone()
-            steps.append((outputs[call], row.keep[0], m, row.keep[1]))
-        steps.append((x, row.x_weight, m, row.output_weight))
-    steps += [(x, 1.0, outputs[old], weight) for old, weight in past.items()]
-    if not _scaled_adds(steps, m):
+            first = [(outputs[call], keep_x, m, keep_m), *first]
+    if not _scaled_adds(
+        [*first, *((new, 1.0, outputs[old], weight) for old, weight in past.items()), *last], m
+    ):
         return None
     for old in row.done:
         outputs.pop(old, None)
-    return x
+    return new
 
 
 def _scaled_adds(steps: list[ScaledAdd], m: Tensor) -> bool:
@@ -335,18 +336,16 @@ def _scaled_adds(steps: list[ScaledAdd], m: Tensor) -> bool:
         and all(m.stride() == t.stride() for y, _, u, _ in steps for t in (y, u))
     ):
 
-        def flat(t: Tensor) -> Tensor:
-            return t.as_strided((t.numel(),), (1,))
+        def pieces(t: Tensor, *column: int) -> tuple[Tensor, ...]:
+            return t.as_strided((t.numel(), *column), (1, *column)).split(PIECE)
 
-        lines = [(flat(y), scale, flat(u), weight) for y, scale, u, weight in steps]
-        for i in range(0, m.numel(), PIECE):
-            if not _is_finite(flat(m)[i : i + PIECE]):
+        cut = [(pieces(y), scale, pieces(u, 1), weight) for y, scale, u, weight in steps]
+        for i, piece in enumerate(pieces(m)):
+            if not (math.isfinite(torch.dot(piece, piece).item()) or piece.isfinite().all()):
                 return False
-            for y, scale, u, weight in lines:
-                y, u = y[i : i + PIECE], u[i : i + PIECE, None]
-                torch.addmv(
-                    y, u, ONE[y.dtype], beta=scale, alpha=weight, out=y
-                )  # in one pass: u [n, 1] times [1]
+            for targets, scale, columns, weight in cut:  # in one pass: a matrix of one column, times [1]
+                y = targets[i]
+                torch.addmv(y, columns[i], ONE[y.dtype], beta=scale, alpha=weight, out=y)
         return True
     if on_host and not _is_finite(m):
         return False
@@ -360,7 +359,8 @@ def _scaled_adds(steps: list[ScaledAdd], m: Tensor) -> bool:
 
 def _call(plan: Plan, model: Model, row: _Row, x: Tensor, call: int, dtype: torch.dtype) -> Tensor:
     """One network call, its contract checked."""
-    given = (x if row.input_scale == 1 else x * row.input_scale).to(dtype)
+    given = x if row.input_scale == 1 else x * row.input_scale
+    given = given if given.dtype == dtype else given.to(dtype)
     label_dtype = torch.long if isinstance(row.label, int) else x.dtype
     label = torch.full((len(x),), row.label, dtype=label_dtype, device=x.device)
     version = 0 if given.is_inference() else given._version
@@ -399,7 +399,7 @@ def _call(plan: Plan, model: Model, row: _Row, x: Tensor, call: int, dtype: torc
         raise ValueError(
             f"the model changed its input x in place in {_where(plan, call)}: let it work on a clone"
         )
-    return m.to(x.dtype)
+    return m if m.dtype == x.dtype else m.to(x.dtype)
 
 
 def _where(plan: Plan, call: int) -> str:
@@ -407,11 +407,9 @@ def _where(plan: Plan, call: int) -> str:
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether every entry is finite. A sum of squares is read many times faster than `isfinite`; only where it overflows, look closer."""
-    flat = x.reshape(-1)
-    if flat.dtype not in ONE:
-        flat = flat.float()
-    return math.isfinite(torch.dot(flat, flat).item()) or bool(flat.isfinite().all())
+    """Whether every entry is finite. A sum is read many times faster than `isfinite`; only where it overflows, look closer."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
 
 
 def _start(x: Tensor, grad: bool) -> State:

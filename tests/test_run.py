@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import solvers as sv
 from problems import PROBLEMS, VP, generator
 from reference import Gaussian, law
+from solvers.run import PIECE
 
 PLAN = sv.dpm_solver_pp(VP, sv.logsnr(VP, 6), 3)
 MODEL = PROBLEMS["eight"].model(VP)
@@ -290,3 +291,22 @@ def test_noise_that_would_broadcast_is_refused():
     with pytest.raises(ValueError, match="noise is for 3 samples, but the batch has 4"):
         sv.run(plan, lambda x, t: calls.append(t) or x, x, noise=sv.noise.per_sample(0, range(3)))
     assert calls == []
+
+
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity"])
+def test_a_large_state_goes_piece_by_piece_to_the_same_bits(predicts):
+    x = noise(5, 70_000, dtype=torch.float32)
+    assert len(x[0]) < PIECE < x.numel()
+    model = sv.Model(lambda x, t: (x * (1 + t[:, None])).sin(), predicts=predicts)
+    plan = sv.exponential_adams(VP, sv.logsnr(VP, 5), 3)
+    together = sv.run(plan, model, x)
+    assert torch.equal(together, torch.cat([sv.run(plan, model, row[None]) for row in x]))
+    assert torch.equal(together, sv.run(plan, model, x, callback=lambda state: None))
+
+    def broken(x, t):
+        out = torch.zeros_like(x)
+        out[4, -1] = math.nan
+        return out
+
+    with pytest.raises(sv.NonFiniteError, match=r"call 0 .*samples \[4\]; the x it was given is finite"):
+        sv.run(plan, sv.Model(broken, predicts=predicts), x)
