@@ -172,6 +172,21 @@ class Discrete:
             )
         return torch.where((n - n.round()).abs() < 1e-9, n.round(), n)
 
+    def step(self, t: Tensor) -> Tensor:
+        """The step number as int64, for a network that takes whole numbers only.
+
+        Raises:
+            ValueError: t < 1/N, or between two levels: a fraction cut off would tell the network another level than the table's.
+        """
+        n = self.label(t)
+        between = n != n.round()
+        if between.any():
+            raise ValueError(
+                f"step {n[between].flatten()[0]:g} lies between two levels: stand on levels only, by a one-call-per-step method on "
+                "trailing, leading, linspace or snap(schedule, times), or interpolate the label with label=schedule.label"
+            )
+        return n.long()
+
 
 def _values(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """The values of a discrete schedule as float64 [N], refused where they cannot be right."""

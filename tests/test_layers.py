@@ -23,6 +23,7 @@ ROOMS = [
     "methods.multistep",
     "methods",
     "noise",
+    "rows",
     "run",
     "comparison",
     "figures",

@@ -1,16 +1,20 @@
 """Published samplers, read off as tables by `trace`, equal ours where they are right, and named where they are not."""
 
+import dataclasses
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 import solvers as sv
-from problems import NARROW, PROBLEMS, VP, exact, starts
-from reference import slopes, trace
+from problems import VP
+from reference import row_order, rows, trace
 
 PEERS_WARN = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 EDM = sv.EDM()
 SIGMAS = EDM.time(torch.tensor([-3.0, -2.2, -1.8, -0.7, 0.1, 0.9, 1.7, 3.0], dtype=torch.float64))
+TO_ZERO = torch.cat([SIGMAS, SIGMAS.new_zeros(1)])
 
 
 def ours(plan, predicts="noise"):
@@ -77,41 +81,47 @@ def kdiffusion_3m(model, x, sigmas, doubled=False):
 
 
 @pytest.mark.parametrize(
-    ("loop", "plan"),
+    ("loop", "method", "sigmas"),
     [
-        (kdiffusion_2m, sv.dpm_solver_pp(EDM, SIGMAS, 2)),
-        (kdiffusion_2m, sv.dpm_solver_pp(EDM, torch.cat([SIGMAS, SIGMAS.new_zeros(1)]), 2)),
-        (kdiffusion_dpm_2, sv.dpm_solver(EDM, SIGMAS, 2)),
-        (kdiffusion_dpmpp_2s, sv.dpm_solver_pp(EDM, SIGMAS, 2, kind="singlestep")),
-        (lambda *a: kdiffusion_3m(*a, doubled=True), sv.exponential_adams(EDM, SIGMAS, 3, "data")),
+        (kdiffusion_2m, partial(sv.dpm_solver_pp, order=2), SIGMAS),
+        (kdiffusion_2m, partial(sv.dpm_solver_pp, order=2), TO_ZERO),
+        (kdiffusion_dpm_2, partial(sv.dpm_solver, order=2), SIGMAS),
+        (kdiffusion_dpmpp_2s, partial(sv.dpm_solver_pp, order=2, kind="singlestep"), SIGMAS),
+        (
+            partial(kdiffusion_3m, doubled=True),
+            partial(sv.exponential_adams, order=3, predicts="data"),
+            SIGMAS,
+        ),
     ],
     ids=["2m", "2m to sigma 0", "dpm_2", "2s", "3m repaired"],
 )
-def test_kdiffusion_is_our_table(loop, plan):
-    outer = plan.sigma if plan.nfe == len(plan.times.unique()) - 1 and plan.nfe < 10 else SIGMAS
-    theirs = trace(lambda model, x, noise: loop(model, x, outer), plan.nfe)
+def test_kdiffusion_is_our_table(loop, method, sigmas):
+    plan = method(EDM, sigmas)
+    theirs = trace(lambda model, x, noise: loop(model, x, sigmas), plan.nfe)
     assert_close(ours(plan, "data"), theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_kdiffusion_3m_is_of_second_order():
-    """Its second difference is h^2 m'' / 2, and is multiplied by the weight of h^2 m''."""
-    plan = sv.exponential_adams(EDM, SIGMAS, 3, "data")
-    theirs = trace(lambda model, x, noise: kdiffusion_3m(model, x, SIGMAS), plan.nfe)
-    assert (ours(plan, "data") - theirs).abs().max() > 1e-2
+def as_method(loop):
+    """A published loop as one of our methods: traced on the times it is given, and folded to rows."""
 
-    data = PROBLEMS["line"].model(EDM, "data")
-    levels = torch.stack([VP.half_logsnr(torch.tensor(t, dtype=torch.float64)) for t in NARROW]).tolist()
-    y = starts("line", NARROW) / VP.alpha(torch.tensor(NARROW[0], dtype=torch.float64))
-    answer = exact("line", NARROW) / VP.alpha(torch.tensor(NARROW[1], dtype=torch.float64))
+    def build(schedule, times):
+        steps = len(times) - 1
+        weights = trace(lambda model, x, noise: loop(model, x, schedule.sigma(times)), steps)
+        a, b = rows(weights, steps)
+        return sv.Plan(
+            times, schedule.alpha(times), schedule.sigma(times), a, b.round(decimals=14), predicts="data"
+        )
 
-    def error(doubled, steps):
-        sigmas = EDM.time(torch.linspace(*levels, steps + 1, dtype=torch.float64))
-        # exact start: three tiny second-order steps would hide nothing, so the history is simply refined 8 times
-        end = kdiffusion_3m(lambda x, s: data(x, s.expand(len(x))), y, sigmas, doubled)
-        return (end - answer).square().mean().sqrt()
+    return build
 
-    released = slopes([error(False, n) for n in (128, 256, 512)])
-    assert_close(released, torch.full_like(released, 2.0), atol=0.15, rtol=0)
+
+def test_kdiffusion_3m_is_of_second_order_and_of_third_with_its_second_difference_doubled():
+    """It is h^2 m'' / 2, and is multiplied by the weight of h^2 m''. History is exact, so the start is not to blame."""
+    shape = [1.0, 2.0, 1.5, 0.8]
+    released = row_order(as_method(kdiffusion_3m), EDM, 0.5, shape, 0.02, degree=3)
+    repaired = row_order(as_method(partial(kdiffusion_3m, doubled=True)), EDM, 0.5, shape, 0.02, degree=3)
+    assert released == pytest.approx(2, abs=0.1)
+    assert repaired == pytest.approx(3, abs=0.1)
 
 
 # --- the DPM-Solver authors (LuChengTHU/dpm-solver), in noise form as printed ----------------------------------------
@@ -200,8 +210,8 @@ def test_diffusers_multistep_is_our_table(algorithm, order, spacing):
 
 
 @PEERS_WARN
-def test_diffusers_third_order_multistep_is_not_of_third_order():
-    """The missing factor 2 of the second difference, in every row of third order and in no other."""
+def test_diffusers_third_order_multistep_has_the_rows_of_second_order():
+    """Ours but for its third-order rows, and those of k-diffusion's 3M: the halved second difference shown above."""
     scheduler, schedule = peer(
         "DPMSolverMultistepScheduler", solver_order=3, timestep_spacing="trailing", lower_order_final=False
     )
@@ -210,6 +220,14 @@ def test_diffusers_third_order_multistep_is_not_of_third_order():
     gap = (ours(plan) - theirs).abs().amax(1)
     assert gap[:3].max() < 1e-4  # x, and the steps of order 1 and 2
     assert gap[3:].min() > 1e-2
+
+    rho = plan.sigma / plan.alpha
+    weights = trace(lambda model, x, noise: kdiffusion_3m(model, x, rho), plan.nfe)  # of x / alpha
+    released = plan.b.clone()
+    for i in range(2, plan.nfe - 1):
+        step = weights[i + 1] - rho[i + 1] / rho[i] * weights[i]
+        released[i] = plan.alpha[i + 1] * step[[i + 1, i, i - 1]]
+    assert_close(ours(dataclasses.replace(plan, b=released)), theirs, rtol=2e-4, atol=2e-5)
 
 
 def test_diffusers_ddim_is_our_table():

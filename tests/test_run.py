@@ -1,6 +1,9 @@
 """The executor: what it gives the network, what it keeps, what it reports."""
 
+import dataclasses
 import math
+import pickle
+import sys
 
 import pytest
 import torch
@@ -8,8 +11,8 @@ from torch.testing import assert_close
 
 import solvers as sv
 from problems import PROBLEMS, VP, generator
-from reference import Gaussian, law
-from solvers.run import PIECE
+from reference import Gaussian, law, trace
+from solvers.rows import PIECE
 
 PLAN = sv.dpm_solver_pp(VP, sv.logsnr(VP, 6), 3)
 MODEL = PROBLEMS["eight"].model(VP)
@@ -91,8 +94,17 @@ def test_no_graph_unless_asked():
     assert slope.isfinite()
 
 
+@pytest.fixture
+def read_late(monkeypatch):
+    """The executor as on an accelerator, where nothing is read back before the last row."""
+    monkeypatch.setattr(sys.modules["solvers.run"], "_is_read_late", lambda x: True)
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("bad", "call"), [(math.nan, 0), (math.inf, 2), (-math.inf, 5)])
-def test_a_non_finite_output_is_reported_where_it_happens(bad, call):
+def test_a_non_finite_output_is_reported_where_it_happens(bad, call, late, request):
+    if late:
+        request.getfixturevalue("read_late")
     calls = []
 
     def model(x, t):
@@ -111,7 +123,17 @@ def test_a_non_finite_output_is_reported_where_it_happens(bad, call):
     assert (error.call, error.samples) == (call, [2, 3])
     assert error.time == PLAN.times[call].item()
     assert error.half_logsnr == pytest.approx(VP.half_logsnr(PLAN.times[call]).item())
-    assert len(calls) == call + 1
+    assert len(calls) == (PLAN.nfe if late else call + 1)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.samples) == (str(error), error.samples)
+
+
+def test_a_run_read_late_is_the_same_run(read_late):
+    x = noise(2, 8)
+    late = sv.run(PLAN, MODEL, x)
+    assert torch.equal(late, sv.trajectory(PLAN, MODEL, x)[-1])
+    huge = sv.run(PLAN, lambda x, t: torch.full_like(x, 1e60), x)  # finite in float64
+    assert huge.isfinite().all()
 
 
 def test_opposite_infinities_and_huge_finite_values_are_told_apart():
@@ -310,3 +332,102 @@ def test_a_large_state_goes_piece_by_piece_to_the_same_bits(predicts):
 
     with pytest.raises(sv.NonFiniteError, match=r"call 0 .*samples \[4\]; the x it was given is finite"):
         sv.run(plan, sv.Model(broken, predicts=predicts), x)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_with_noise_is_equation_16(eta):
+    times = sv.logsnr(VP, 6)
+    plan = sv.ddim(VP, times, eta)
+    alpha, sigma = VP.alpha(times), VP.sigma(times)
+    s, t = slice(None, -1), slice(1, None)
+    paper = eta**2 * (sigma[t] / sigma[s]) ** 2 * (1 - (alpha[s] / alpha[t]) ** 2)  # sigma_tau^2 of eq. 16
+    assert_close(plan.c[:, 0] ** 2, paper, rtol=1e-11, atol=0)
+    assert_close(plan.a**2 * sigma[s] ** 2 + plan.c[:, 0] ** 2, sigma[t] ** 2, rtol=1e-12, atol=0)
+    assert plan[:3] + plan[3:] == plan
+
+
+def test_ddim_eta_1_is_the_ddpm_posterior_step():
+    """Mean and variance of q(x_t | x_s, x_0) of Ho et al. 2020, eq. 6 and 7, for one step of any length."""
+    times = sv.logsnr(VP, 6)
+    plan = sv.ddim(VP, times, eta=1.0)
+    for i in range(plan.nfe):
+        (alpha_s, alpha_t), (sigma_s, sigma_t) = VP.alpha(times[i : i + 2]), VP.sigma(times[i : i + 2])
+        ratio = alpha_s / alpha_t
+        beta = sigma_s**2 - ratio**2 * sigma_t**2
+        assert_close(plan.a[i], ratio * sigma_t**2 / sigma_s**2, rtol=1e-11, atol=0)
+        assert_close(plan.b[i, 0], alpha_t * beta / sigma_s**2, rtol=1e-11, atol=0)
+        assert_close(plan.c[i, 0] ** 2, beta * sigma_t**2 / sigma_s**2, rtol=1e-11, atol=0)
+
+
+def test_every_draw_enters_the_rows_that_read_it():
+    """Read off draw by draw, a plan whose rows reuse older draws is the textbook recursion."""
+    base = sv.ddim(VP, sv.logsnr(VP, 5), eta=1.0)
+    c = torch.zeros(5, 3, dtype=torch.float64)
+    c[:, :1] = base.c
+    c[2, 1], c[3, 2], c[4, 1] = 0.1, 0.2, 0.3
+    plan = dataclasses.replace(base, c=c)
+    numbered = {}
+
+    def sampler(model, x, draw):
+        def source(number, like):
+            assert number not in numbered
+            return numbered.setdefault(number, draw())
+
+        return sv.run(plan, sv.Model(model, predicts="data"), x, noise=source)
+
+    weights = trace(sampler, 5, draws=5)
+    state = torch.eye(11, dtype=torch.float64)[0]
+    for i in range(5):
+        assert_close(weights[i], state, rtol=1e-12, atol=1e-12)
+        state = plan.a[i] * state
+        state[1 + i] += plan.b[i, 0]
+        for k in range(min(i + 1, 3)):
+            state[6 + i - k] += c[i, k]
+    assert_close(weights[5], state, rtol=1e-12, atol=1e-12)
+    one_step = sv.ddim(VP, sv.logsnr(VP, 1), eta=1.0)
+    zeros = torch.zeros(40_000, 1, dtype=torch.float64)
+    out = sv.run(
+        one_step, sv.Model(lambda x, t: x * 0, predicts="data"), zeros, noise=torch.Generator().manual_seed(0)
+    )
+    assert abs(out.var() / one_step.c[0, 0] ** 2 - 1) < 4.5 * (2 / 40_000) ** 0.5
+
+
+def test_a_state_of_another_plan_is_refused():
+    states = []
+    sv.run(PLAN, MODEL, noise(2, 8), callback=states.append)
+    with pytest.raises(ValueError, match="the state is of another plan: it stands at"):
+        sv.run(sv.dpm_solver_pp(VP, sv.logsnr(VP, 12), 3), MODEL, states[2])
+    with pytest.raises(ValueError, match="of another plan"):
+        sv.run(sv.dpm_solver_multistep(VP, sv.logsnr(VP, 6), 3), MODEL, states[2])
+    by_hand = sv.State(noise(2, 8))
+    assert torch.equal(sv.run(PLAN, MODEL, by_hand), sv.run(PLAN, MODEL, noise(2, 8)))
+
+
+def test_float32_keeps_its_digits_where_a_raw_edm_network_hardly_sees_x():
+    """At sigma 1000 data are 1e-7 of x in F's conversion: undoing it would lose every digit."""
+    data = PROBLEMS["eight"]
+    schedule = sv.EDM(sigma_max=1000.0)
+    plan = sv.exponential_adams(schedule, sv.logsnr(schedule, 12), 3, "data")
+    model = sv.Model(data.model(schedule, "edm"), predicts="edm")
+    x = 1000 * noise(32, 8)
+    double, single = sv.run(plan, model, x), sv.run(plan, model, x.float())
+    assert (single - double).norm() / double.norm() < 5e-6  # 5e-5 without the guard
+
+
+def test_sample_on_discrete_levels_says_what_the_network_reads():
+    schedule = sv.Discrete.linear()
+    x = noise(2, 3, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"Model\(net, label=schedule.step\)"):
+        sv.sample(lambda x, t: x, x, schedule)
+    seen = []
+
+    def net(x, n):
+        seen.append(n[0].item())
+        return torch.zeros_like(x)
+
+    sv.sample(sv.Model(net, label=schedule.step), x, schedule, steps=4)
+    assert seen == [999, 749, 499, 249]
+    with pytest.raises(ValueError, match="lies between two levels"):
+        sv.sample(sv.Model(net, label=schedule.step), x, schedule, steps=4, method=sv.dpm_solver)
+    with pytest.raises(TypeError, match=r"sv.VP\(\)"):
+        sv.sample(net, x, "vp")

@@ -1,0 +1,189 @@
+"""A plan's rows as the executor takes them: the model's prediction folded in, applied in as few passes as can be."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from solvers.plan import Plan
+from solvers.predictions import Model, conversion, mixture
+
+ScaledAdd = tuple[Tensor, float, Tensor, float]  # (y, scale, u, weight): y <- scale y + weight u, in place
+PIECE = 2**18  # elements of a state that a CPU's cache holds several times over
+ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+
+class Row(NamedTuple):
+    """One row with the conversion of the model's output folded in; every weight a host float.
+
+    x <- x_weight x + output_weight m + sum over past + sum over draws, and, where a later row reads this call,
+    kept = keep[0] x + keep[1] m. `swap` is the same x from kept and m, where that is as well conditioned.
+    """
+
+    label: float | int
+    input_scale: float
+    x_weight: float
+    output_weight: float
+    past: list[tuple[int, float]]
+    draws: list[tuple[int, float]]
+    keep: tuple[float, float] | None
+    swap: tuple[float, float] | None
+    done: list[int]
+
+
+def rows_of(plan: Plan, model: Model) -> list[Row]:
+    """Everything the loop needs, decided before the first call."""
+    calls = (plan.times[:-1], plan.alpha[:-1], plan.sigma[:-1])
+    have = model.mixture(*calls)
+    from_x, from_m = conversion(have, mixture(plan.predicts, *calls[1:]), *calls[1:])
+    undetermined = ~(from_x.isfinite() & from_m.isfinite())
+    if undetermined.any():
+        i = int(undetermined.nonzero()[0])
+        raise ValueError(
+            f"a {model.predicts} prediction does not determine {plan.predicts} in call {i}, at t = {plan.times[i]:g} (alpha = "
+            f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow"
+        )
+    b0 = plan.b[:, 0]
+    last = last_use(plan.b)
+    # x = (kept - from_m m) / from_x is as good as x itself unless its terms outgrow it
+    swap = torch.stack([b0 + plan.a / from_x, -plan.a * from_m / from_x], 1).tolist()
+    growth = (from_m / from_x).abs() * torch.hypot(*have) / torch.hypot(*calls[1:])
+    can_swap = (growth < 4).tolist()
+    per_row = zip(
+        _labels(model, calls[0]),
+        model.input_scale(*calls[1:]).tolist(),
+        (plan.a + b0 * from_x).tolist(),
+        (b0 * from_m).tolist(),
+        plan.b.tolist(),
+        plan.c.tolist(),
+        torch.stack([from_x, from_m], 1).tolist(),
+        strict=True,
+    )
+    return [
+        Row(
+            label,
+            scale,
+            x_weight,
+            output_weight,
+            [(i - j, w) for j, w in enumerate(b) if j and w],
+            [(i - k, w) for k, w in enumerate(c) if w],
+            (keep[0], keep[1]) if last[i] > i else None,
+            (swap[i][0], swap[i][1]) if last[i] > i and can_swap[i] else None,
+            [call for call in range(max(0, i - plan.window), i) if last[call] == i],
+        )
+        for i, (label, scale, x_weight, output_weight, b, c, keep) in enumerate(per_row)
+    ]
+
+
+def _labels(model: Model, times: Tensor) -> list[float] | list[int]:
+    """What the net reads at each call, computed once on the host."""
+    if model.label is None:
+        return times.tolist()
+    answer = model.label(times)
+    try:
+        labels = torch.as_tensor(answer, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"label gave {answer!s:.200}: expected a number for each of the {len(times)} calls"
+        ) from error
+    if labels.shape != times.shape or not labels.isfinite().all():
+        raise ValueError(
+            f"label gave {answer!s:.200}: expected a finite number for each of the {len(times)} calls"
+        )
+    return labels.tolist()
+
+
+def last_use(weights: Tensor) -> list[int]:
+    """For each call (or draw) the last row that reads it; -1 for none."""
+    rows = len(weights)
+    last = [-1] * rows
+    for row, column in (weights != 0).nonzero().tolist():
+        last[row - column] = max(last[row - column], row)
+    return last
+
+
+def combined(
+    row: Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call: int, check: bool
+) -> Tensor | None:
+    """The row as a formula that gradients flow through; None if `check` finds m not finite."""
+    if check and not is_finite(m.detach()):
+        return None
+    new = row.x_weight * x + row.output_weight * m
+    for past, weight in row.past:
+        new = new + weight * outputs[past]
+    if row.keep:
+        outputs[call] = row.keep[0] * x + row.keep[1] * m
+    for past in row.done:
+        outputs.pop(past, None)
+    return new
+
+
+def combined_in_place(
+    row: Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call: int, reuse: bool, check: bool
+) -> Tensor | None:
+    """The row as scaled additions; None if `check` finds m not finite.
+
+    `reuse` lets it overwrite x and outputs that are read for the last time.
+    """
+    past = dict(row.past)
+    spent = row.done[0] if row.done else -1  # an output whose memory is free once its weight is in
+    x = x if reuse else x.clone()
+    new, first, last = x, [(x, row.x_weight, m, row.output_weight)], []
+    if row.keep:
+        keep_x, keep_m = row.keep
+        spare = torch.empty_like(x) if spent < 0 else outputs[spent] if reuse else outputs[spent].clone()
+        if row.swap:  # the kept output takes the place of x, and x that of the spent one
+            outputs[call], new = x, spare
+            first = [
+                (x, keep_x, m, keep_m),
+                (new, past.pop(spent, 0.0), x, row.swap[0]),
+                (new, 1.0, m, row.swap[1]),
+            ]
+        elif keep_x == 0:  # the network predicts in the plan's form
+            outputs[call] = spare
+            last = [(spare, 0.0, m, keep_m)]
+        else:
+            outputs[call] = x.clone()
+            first = [(outputs[call], keep_x, m, keep_m), *first]
+    steps = [*first, *((new, 1.0, outputs[old], weight) for old, weight in past.items()), *last]
+    if not _scaled_adds(steps, m, check):
+        return None
+    for old in row.done:
+        outputs.pop(old, None)
+    return new
+
+
+def _scaled_adds(steps: list[ScaledAdd], m: Tensor, check: bool) -> bool:
+    """Each y <- scale y + weight u in turn; False as soon as `check` finds m not finite.
+
+    A large state on a CPU goes through all of them piece by piece, while the piece is in the cache.
+    """
+    alike = all(t.stride() == m.stride() for y, _, u, _ in steps for t in (y, u))
+    if m.device.type == "cpu" and m.numel() > PIECE and alike:
+
+        def pieces(t: Tensor, *column: int) -> tuple[Tensor, ...]:
+            return t.as_strided((t.numel(), *column), (1, *column)).split(PIECE)
+
+        cut = [(pieces(y), scale, pieces(u, 1), weight) for y, scale, u, weight in steps]
+        for i, piece in enumerate(pieces(m)):
+            if check and not (math.isfinite(torch.dot(piece, piece).item()) or piece.isfinite().all()):
+                return False
+            for targets, scale, columns, weight in cut:  # in one pass: a matrix of one column, times [1]
+                y = targets[i]
+                torch.addmv(y, columns[i], ONE[y.dtype], beta=scale, alpha=weight, out=y)
+        return True
+    if check and not is_finite(m):
+        return False
+    for y, scale, u, weight in steps:
+        if scale == 0:
+            torch.mul(u, weight, out=y)
+        else:
+            (y if scale == 1 else y.mul_(scale)).add_(u, alpha=weight)
+    return True
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether every entry is finite. A sum is read many times faster than `isfinite`; only where it overflows, look closer."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
