@@ -21,12 +21,19 @@ def law(plan: Plan, data: Gaussian, start: Gaussian | None = None) -> Gaussian:
 
         noise = sigma (x - alpha mu) / P,   data = mu + alpha v (x - alpha mu) / P,   P = alpha^2 v + sigma^2.
     """
+    if not isinstance(data, Gaussian):
+        raise TypeError(
+            f"data is {type(data).__name__}: a law is exact on Gaussian data alone; take data.moments of a mixture, or "
+            "measure with trajectory_errors"
+        )
     if start is None:
         start = data.marginal(plan.alpha[0].item(), plan.sigma[0].item())
     mean, v = data.mean.flatten() @ data.basis, data.variances
     nfe, window = plan.b.shape
     draws = nfe if plan.c.numel() else 0
-    x = torch.zeros(2 + draws, len(v), dtype=torch.float64)  # mean, gain of x_init, gain of every draw
+    x = torch.zeros(
+        2 + draws, len(v), dtype=torch.float64, device="cpu"
+    )  # mean, gain of x_init, gain of every draw
     x[0], x[1] = start.mean.flatten() @ data.basis, 1.0
     outputs: list[torch.Tensor] = []  # the newest first
     for i, (alpha, sigma) in enumerate(zip(plan.alpha[:-1], plan.sigma[:-1], strict=True)):

@@ -1,6 +1,7 @@
 """Arguments: numbers, counts and choices, refused at once by name and value."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,8 +69,10 @@ def whole(name: str, value: int, least: int, most: int, example: int | None = No
     return int(value)
 
 
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """One of the allowed words."""
+def choice(name: str, value: str, allowed: tuple[str, ...], aliases: Mapping[str, str] | None = None) -> str:
+    """One of the allowed words; aliases are not accepted, but answered with the word to write."""
     if value not in allowed:
-        raise ValueError(f"{name} = {value!r:.100}: expected one of {', '.join(map(repr, allowed))}")
+        meant = (aliases or {}).get(value) if isinstance(value, str) else None
+        hint = "" if meant is None else f"; did you mean {meant!r}?"
+        raise ValueError(f"{name} = {value!r:.100}: expected one of {', '.join(map(repr, allowed))}{hint}")
     return value

@@ -1,6 +1,6 @@
 """Grids: where a sampler stands. (schedule, steps, *, start, stop) -> times [steps + 1], from noise to data.
 
-Times decrease, the ends are the schedule's own unless given and are hit exactly, and half log-SNR increases strictly:
+Times decrease, the ends are the schedule's own unless given (the discrete spacings end at clean data, t = 0) and are hit exactly, and half log-SNR increases strictly:
 `given` checks it, for every grid here and for any list of times of your own.
 """
 
@@ -96,7 +96,8 @@ def trailing(schedule: Discrete, steps: int, *, start: float | None = None, stop
 def snap(schedule: Discrete, times: Tensor) -> Tensor:
     """Move the calls times[:-1] to the nearest levels that a discrete network knows; the end, never called, stays.
 
-    Snap *before* a method computes its coefficients: the level in the table is then the level the network is told.
+    Snap *before* a method computes its coefficients: the level in the table is then the level the network is told. Stages of
+    singlestep methods, and of start = "singlestep", still stand between levels.
 
     Raises:
         ValueError: two calls fall on one level.

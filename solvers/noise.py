@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import whole
-from solvers.schedules import Schedule
+from solvers.schedules import Schedule, float64
 
 # (number of the draw, a tensor like it) -> standard normals of that shape
 Source = Callable[[int, Tensor], Tensor]
@@ -72,22 +72,31 @@ def per_sample(seed: int, ids: Sequence[int]) -> PerSample:
     )
 
 
-def noised(x0: Tensor, schedule: Schedule, t: float, noise: Tensor) -> Tensor:
+def noised(x0: Tensor, schedule: Schedule, t: Tensor | float, noise: Tensor) -> Tensor:
     """x_t = alpha(t) x0 + sigma(t) noise.
 
     Args:
         x0: data, [B, ...].
         schedule: noise schedule.
-        t: time.
+        t: time, one for all or one per sample, [B].
         noise: standard normals, the shape of x0.
+
+    Returns:
+        The state at t, [B, ...].
 
     Raises:
         ValueError: the shapes differ.
     """
     if noise.shape != x0.shape:
         raise ValueError(f"noise has shape {list(noise.shape)}: expected that of x0, {list(x0.shape)}")
-    level = torch.tensor(t, dtype=torch.float64, device="cpu")
-    return float(schedule.alpha(level)) * x0 + float(schedule.sigma(level)) * noise
+    t = float64(t)
+    if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x0)):
+        raise ValueError(
+            f"t has shape {list(t.shape)}: expected one time, or one for each of the {len(x0)} samples"
+        )
+    column = [-1] + [1] * (x0.ndim - 1)
+    alpha, sigma = (level(t).to(x0).reshape(column) for level in (schedule.alpha, schedule.sigma))
+    return alpha * x0 + sigma * noise
 
 
 def as_source(noise: "Source | torch.Generator | int", batch: int) -> Source:
@@ -98,4 +107,8 @@ def as_source(noise: "Source | torch.Generator | int", batch: int) -> Source:
         ).to(like.device)
     if callable(noise):
         return noise
+    if isinstance(noise, Tensor):
+        raise TypeError(
+            "noise is a Tensor: expected an int seed, a torch.Generator, or a function (draw, like) -> normals"
+        )
     return per_sample(noise, range(batch))

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from solvers.predictions import mixture
 FORMS = ("noise", "data", "velocity")
 CONSISTENCY = 1e-10  # of the largest term; a table computed in float64 keeps about 1e-15
 FORMAT = "diffusion-solvers plan 1"
-MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 10**5, 64, 2**26
+MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 10**5, 64, 2**28
 
 
 def _no_draws() -> Tensor:
@@ -92,7 +91,7 @@ class Plan:
         )
 
     def __hash__(self) -> int:
-        return hash((self.predicts, *(array.detach().numpy().tobytes() for array in self._arrays())))
+        return hash((self.predicts, *((array.detach() + 0.0).numpy().tobytes() for array in self._arrays())))
 
     def allclose(self, other: "Plan", rtol: float = 1e-12, atol: float = 1e-12) -> bool:
         """Whether both have the same form and shapes, and arrays equal within the tolerances."""
@@ -102,7 +101,7 @@ class Plan:
         )
 
     def __getitem__(self, rows: slice) -> "Plan":
-        """The rows of a slice with step 1, as a plan of their own.
+        """The rows of a slice with step 1, as a plan of their own; its draws of noise are numbered from 0 again.
 
         Raises:
             TypeError: not a slice with step 1.
@@ -175,14 +174,22 @@ class Plan:
         return "\n".join([title, *rows])
 
     def to_json(self) -> str:
-        """The plan as JSON text: shortest decimals that read back to the same float64, so the round trip is exact."""
+        """The plan as JSON text: shortest decimals that read back to the same float64, so the round trip is exact.
+
+        Raises:
+            ValueError: more rows or columns than `from_json` would read.
+        """
+        if self.nfe > MAX_ROWS or max(self.b.shape[1], self.c.shape[1]) > MAX_COLUMNS:
+            raise ValueError(
+                f"a plan of {self.nfe} rows, {self.window} columns: at most {MAX_ROWS} and {MAX_COLUMNS} are saved"
+            )
         arrays = {name: array.tolist() for name, array in zip(_ARRAYS, self._arrays(), strict=True)}
         body = {"format": FORMAT, "predicts": self.predicts, **arrays}
         return json.dumps(body, allow_nan=False, separators=(",", ":")) + "\n"
 
     @staticmethod
     def from_json(text: str) -> "Plan":
-        """The plan that `to_json` wrote. Sizes are checked before anything is allocated.
+        """The plan that `to_json` wrote. Sizes are checked before any tensor is made.
 
         Raises:
             ValueError: not such a text: unknown, missing or repeated fields, numbers that are not finite, wrong sizes.
@@ -216,15 +223,13 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` to a file, which is whole or not there at all."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        text, path = self.to_json(), Path(path)
+        unfinished = path.with_name(f".unfinished-{path.name}")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Plan":

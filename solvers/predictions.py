@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, number
-from solvers.schedules import Schedule
+from solvers.schedules import Schedule, float64
 
 PREDICTIONS = ("noise", "data", "velocity", "score", "flow", "edm")
+ALIASES = {  # what other code calls them, for the error alone
+    "epsilon": "noise", "eps": "noise", "v": "velocity", "v_prediction": "velocity",
+    "x0": "data", "sample": "data", "denoiser": "data", "F": "edm", "flow_prediction": "flow",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,16 @@ class Model:
     """A network together with what it predicts and what it reads as time.
 
     A bare callable (x [B, ...], t [B]) -> [B, ...] needs no Model: it is a noise prediction that reads the schedule's t.
+    t comes in float32, in float64 for float64 x, as int64 where label gives whole numbers as integers.
     Prompts and class labels are bound into the callable. x is the sampler's own buffer: a net that keeps it must clone it.
 
     Attributes:
         net: (x [B, ...], label [B]) -> prediction [B, ...].
         predicts: "noise" eps | "data" x_0 | "velocity" alpha eps - sigma x_0 | "score" -eps / sigma |
-            "flow" dx/dt | "edm" the raw F of EDM, which is given x / sqrt(sigma^2 + sigma_data^2 alpha^2).
-        label: t [N] float64 -> what the net was trained to read: an integer step, a sigma, a log-SNR. None: t itself.
+            "flow" dx/dt | "edm" the raw F of EDM, which is given x / sqrt(sigma^2 + sigma_data^2 alpha^2). EDM's
+            preconditioned denoiser D(x; sigma) is "data".
+        label: t [N] float64 -> what the net was trained to read, e.g. schedule.step (whole steps), schedule.sigma (flow
+            networks under a shift), lambda t: schedule.sigma(t).log() / 4 (EDM's F). None: t itself.
         schedule: for "flow" alone, the schedule whose t the flow is a derivative in. None: the straight path
             alpha + sigma = 1, where dx/dsigma = eps - x_0 is what flow-matching networks are trained on.
         sigma_data: for "edm" alone, the standard deviation of the data.
@@ -45,21 +52,19 @@ class Model:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        if isinstance(self.net, Model):
+            raise TypeError("net is a Model already: pass the network itself, model.net")
         if not callable(self.net):
             raise TypeError(f"model = {self.net!r} is not callable: expected net(x, t) -> prediction")
         if self.label is not None and not callable(self.label):
             raise TypeError(
                 f"label = {self.label!r} is not callable: expected a function of t, e.g. label=schedule.label"
             )
-        choice("predicts", self.predicts, PREDICTIONS)
+        choice("predicts", self.predicts, PREDICTIONS, ALIASES)
         if not 0 < number("sigma_data", self.sigma_data) < math.inf:
             raise ValueError(
                 f"sigma_data = {self.sigma_data}: expected the data's standard deviation, finite and above 0"
             )
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """The net's own output at the schedule's time t [B]."""
-        return self.net(x, t if self.label is None else self.label(t))
 
     def mixture(self, times: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The weights (p, q), each [N], of data and noise in this prediction at N levels."""
@@ -126,8 +131,10 @@ def conversion(
     return from_x, from_m
 
 
-def convert(m: Tensor, x: Tensor, alpha: float, sigma: float, *, have: str, want: str) -> Tensor:
-    """One prediction turned into another at one level: noise, data, velocity, score, or edm with sigma_data = 0.5.
+def convert(
+    m: Tensor, x: Tensor, alpha: float, sigma: float, *, have: str, want: str, sigma_data: float = 0.5
+) -> Tensor:
+    """One prediction turned into another at one level; "flow" on the straight path alpha + sigma = 1 alone.
 
     Args:
         m: the prediction at hand, [B, ...].
@@ -136,25 +143,24 @@ def convert(m: Tensor, x: Tensor, alpha: float, sigma: float, *, have: str, want
         sigma: weight of the noise in x.
         have: what m is.
         want: what is wanted.
+        sigma_data: for "edm".
 
     Returns:
         The wanted prediction, [B, ...].
 
     Raises:
-        ValueError: an unknown name, shapes that differ, or the level does not determine the wanted prediction.
+        ValueError: an unknown name, or the level does not determine the wanted prediction.
     """
-    for name, value in (("have", have), ("want", want)):
-        if value not in PREDICTIONS or value == "flow":
-            raise ValueError(
-                f"{name} = {value!r}: expected one of 'noise', 'data', 'velocity', 'score', 'edm'"
-            )
     if m.shape != x.shape:
         raise ValueError(f"m has shape {list(m.shape)}: expected that of x, {list(x.shape)}")
-    level = (
-        torch.tensor(alpha, dtype=torch.float64, device="cpu"),
-        torch.tensor(sigma, dtype=torch.float64, device="cpu"),
+    for name, value in (("have", have), ("want", want)):
+        choice(name, value, PREDICTIONS, ALIASES)
+    level = (float64(alpha), float64(sigma))
+    given, wanted = (
+        _path_derivative(None, level[0], *level) if name == "flow" else mixture(name, *level, sigma_data)
+        for name in (have, want)
     )
-    from_x, from_m = conversion(mixture(have, *level), mixture(want, *level), *level)
+    from_x, from_m = conversion(given, wanted, *level)
     if not (from_x.isfinite() and from_m.isfinite()):
         raise ValueError(
             f"a {have} prediction does not determine {want} at alpha = {alpha:g}, sigma = {sigma:g}"

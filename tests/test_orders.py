@@ -81,10 +81,10 @@ def test_second_order_singlestep_holds_for_every_r1(r1):
 
 def test_papers_third_order_weights_are_second_order_away_from_two_thirds():
     """Why `dpm_solver` does not use them at other r2: the stage's own error no longer cancels."""
-    from solvers.methods.singlestep import exponential_rk
+    from solvers.methods.singlestep import explicit_exponential
 
     def papers(r2):
-        return lambda schedule, times: exponential_rk(
+        return lambda schedule, times: explicit_exponential(
             schedule, times, "noise", (0, 1 / 3, r2), lambda p: [[], [3 * r2**2 * p(2, r2)], [0, p(2) / r2]]
         )
 

@@ -262,12 +262,20 @@ def test_noised_is_the_forward_marginal():
     x0, eps = noise(2, 3), noise(2, 3).flip(0)
     t = torch.tensor(0.3, dtype=torch.float64)
     assert_close(sv.noised(x0, VP, 0.3, eps), VP.alpha(t) * x0 + VP.sigma(t) * eps)
+    each = torch.tensor([0.3, 0.8])
+    assert_close(sv.noised(x0, VP, each, eps)[1:], sv.noised(x0[1:], VP, each[1], eps[1:]))
+    with pytest.raises(
+        ValueError, match=r"t has shape \[3\]: expected one time, or one for each of the 2 samples"
+    ):
+        sv.noised(x0, VP, torch.zeros(3), eps)
 
 
-@pytest.mark.parametrize("have", ["noise", "data", "velocity", "score", "edm"])
-@pytest.mark.parametrize("want", ["noise", "data", "velocity", "score", "edm"])
+@pytest.mark.parametrize("have", ["noise", "data", "velocity", "score", "edm", "flow"])
+@pytest.mark.parametrize("want", ["noise", "data", "velocity", "score", "edm", "flow"])
 def test_convert_turns_any_prediction_into_any_other(have, want):
     alpha, sigma = 0.6, 0.9  # not variance preserving: velocity needs its denominator alpha^2 + sigma^2
+    if "flow" in (have, want):
+        sigma = 0.4  # the straight path
     x0, eps = noise(2, 3), noise(2, 3).flip(0)
     x = alpha * x0 + sigma * eps
     norm = math.hypot(sigma, 0.5 * alpha)
@@ -276,6 +284,7 @@ def test_convert_turns_any_prediction_into_any_other(have, want):
         "data": x0,
         "velocity": alpha * eps - sigma * x0,
         "score": -eps / sigma,
+        "flow": eps - x0,
         "edm": (x0 - 0.25 * alpha / norm**2 * x) * norm / (0.5 * sigma),
     }
     got = sv.convert(values[have], x, alpha, sigma, have=have, want=want)

@@ -53,9 +53,10 @@ def exponential_adams(
 ) -> Plan:
     """Exponential Adams-Bashforth: the prediction's polynomial in half log-SNR through past calls, integrated exactly.
 
-    Order p; 1 call per step; ODE; noise or data form. With start = "ramp" the first steps have orders 1, 2, ..., which
-    leaves order 2 overall for p >= 3; start = "singlestep" takes the first p - 1 steps by singlestep methods of order
-    p - 1 (p <= 4), at (p - 1)^2 calls, and keeps order p.
+    Order p with start = "singlestep" (p <= 4), else 2 for p >= 3; 1 call per step; ODE; noise or data form. The rows have
+    order p for every p; a method has it only if its start does. start = "ramp" begins with orders 1, 2, ..., cheap and often
+    as good in practice, of order 2 in the limit; start = "singlestep" takes the first p - 1 steps by singlestep methods of
+    order p - 1, at (p - 1)^2 calls.
     Source: Hochbruck & Ostermann 2010 (doi 10.1017/S0962492910000048), section 2.5, in the variables of Lu et al. 2022.
 
     Args:

@@ -21,10 +21,10 @@ def dpm_solver(
     """DPM-Solver: singlestep exponential Runge-Kutta in noise form; `times` are the outer steps.
 
     Order 1, 2 or 3; as many calls per step; ODE; noise form. A step from alpha = 0 has no noise form; a step to
-    sigma = 0 is taken with order 1.
+    sigma = 0 is taken with order 1. Stages stand between the outer steps, on a discrete network also between its levels.
     Source: Lu et al. 2022 (arXiv 2206.00927), algorithms 1, 4, 5 (r1, r2 of appendix B).
     Differs: the paper's third order holds at r2 = 2/3 alone and is second at any other; the weights here are those of
-    Hochbruck & Ostermann 2005, eq. 5.9, which are the paper's at r2 = 2/3 and third order at every r2.
+    Hochbruck & Ostermann 2005, section 5, which are the paper's at r2 = 2/3 and third order at every r2.
 
     Args:
         schedule: noise schedule.
@@ -80,14 +80,14 @@ def singlestep(
         if value is not None and order < least:
             raise ValueError(f"{name} = {value!r} has no use with order = {order}: leave it out")
     if order == 1:
-        return exponential_rk(schedule, times, predicts, (0.0,), lambda p: [[]])
+        return explicit_exponential(schedule, times, predicts, (0.0,), lambda p: [[]])
     if order == 2:
         c2 = _position("r1", 1 / 2 if r1 is None else r1)
-        return exponential_rk(schedule, times, predicts, (0.0, c2), lambda p: [[], [p(1) / (2 * c2)]])
+        return explicit_exponential(schedule, times, predicts, (0.0, c2), lambda p: [[], [p(1) / (2 * c2)]])
     c2, c3 = _position("r1", 1 / 3 if r1 is None else r1), _position("r2", 2 / 3 if r2 is None else r2)
-    if not c2 < c3 or abs(c2 - 2 / 3) < 1e-9:
+    if not c2 < c3 or abs(c2 - 2 / 3) < 0.05:
         raise ValueError(
-            f"r1 = {c2:g}, r2 = {c3:g}: order 3 needs r1 < r2 and r1 other than 2/3, e.g. r1=1/3, r2=2/3"
+            f"r1 = {c2:g}, r2 = {c3:g}: order 3 needs r1 < r2 and r1 away from 2/3, where the weights grow without bound, e.g. r1=1/3, r2=2/3"
         )
 
     def weights(p: Phi) -> list[list[Tensor]]:
@@ -95,10 +95,10 @@ def singlestep(
         b3 = p(2) / (gamma * c2 + c3)
         return [[], [gamma * c2 * p(2, c2) + c3**2 / c2 * p(2, c3)], [gamma * b3, b3]]
 
-    return exponential_rk(schedule, times, predicts, (0.0, c2, c3), weights)
+    return explicit_exponential(schedule, times, predicts, (0.0, c2, c3), weights)
 
 
-def exponential_rk(
+def explicit_exponential(
     schedule: Schedule,
     times: Tensor,
     predicts: str,
@@ -110,7 +110,7 @@ def exponential_rk(
     Stage i stands at lam_s + c_i h and is the exact part over c_i h plus scale_i h sum_j a_ij m_j; the step's end likewise
     with b_j. The first output takes what consistency leaves: a_i1 = c_i phi_1(c_i z) - sum_{j > 1} a_ij.
     A step that touches infinite half log-SNR is taken with order 1.
-    Source: Hochbruck & Ostermann 2005 (doi 10.1137/040611434), eq. 2.34, with z = h (noise form) or -h (data form).
+    Source: Hochbruck & Ostermann 2005 (doi 10.1137/040611434), section 2, with z = h (noise form) or -h (data form).
 
     Args:
         schedule: noise schedule.
@@ -126,7 +126,7 @@ def exponential_rk(
         pieces = []
         for first_order, i, j in _runs(infinite):
             tableau = ((0.0,), lambda p: [[]]) if first_order else (positions, weights)
-            pieces.append(exponential_rk(schedule, levels.times[i : j + 1], predicts, *tableau))
+            pieces.append(explicit_exponential(schedule, levels.times[i : j + 1], predicts, *tableau))
         return sum(pieces[1:], pieces[0])
     s, t = levels[:-1], levels[1:]
     h = t.half_logsnr - s.half_logsnr

@@ -80,3 +80,8 @@ def test_law_runs_from_pure_noise_to_a_point():
     end = law(ddim(Flow(), torch.linspace(1, 0, 4, dtype=torch.float64), "data"), data)
     assert_close(end.mean, data.mean)
     assert_close(end.cov, data.cov)
+
+
+def test_a_law_on_other_data_is_refused(mixture):
+    with pytest.raises(TypeError, match="data is Mixture: a law is exact on Gaussian data alone"):
+        law(None, mixture)

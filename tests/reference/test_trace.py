@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import solvers as sv
 from reference import rows, trace
 from textbook import Table
 
@@ -37,7 +38,8 @@ def test_rows_of_a_trace_are_the_table():
     plan = random_table()
     weights = trace(sampler(plan), calls=N)
     assert weights.shape == (N + 1, N + 1)
-    a, b = rows(weights, calls=N)
+    a, b, c = rows(weights, calls=N)
+    assert c.shape == (N, 0)
     assert_close(a, plan.a, rtol=1e-13, atol=0)
     assert_close(b, plan.b, rtol=1e-12, atol=1e-13)
 
@@ -77,3 +79,25 @@ def test_other_numbers_of_calls_and_draws_are_errors():
         rows(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.float64), calls=2)
     with pytest.raises(ValueError, match="weights has shape"):
         rows(torch.ones(3, 3), calls=3)
+
+
+def test_rows_of_a_noisy_sampler_carry_its_draws():
+    plan = sv.ddim(sv.VP(), sv.logsnr(sv.VP(), 5), eta=0.7)
+
+    def ours(model, x, noise):
+        return sv.run(plan, sv.Model(model, predicts="data"), x, noise=lambda number, like: noise())
+
+    a, b, c = rows(trace(ours, calls=5, draws=5), calls=5)
+    again = sv.Plan(plan.times, plan.alpha, plan.sigma, a, b, c, "data")
+    assert (again.window, again.c.shape) == (1, (5, 1))
+    assert again.allclose(plan)
+
+
+def test_a_sampler_that_is_not_linear_is_refused():
+    def clipped(model, x, noise):
+        for _ in range(2):
+            x = 0.5 * x + model(x, 0.0).clamp(-1, 1)
+        return x
+
+    with pytest.raises(ValueError, match="the sampler is not linear"):
+        trace(clipped, calls=2)
