@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -23,7 +24,7 @@ from typer.core import TyperGroup
 
 import solvers as sv
 from solvers import figures
-from solvers.comparison import FAST, Grid, Problem, answer, errors, versions, within
+from solvers.comparison import FAST, Grid, Problem, answer, candidates, errors, usual_grid, versions
 from solvers.methods import METHODS
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ MEASURES = {"median": "error of the median sample", "rms": "root-mean-square err
 PICTURED_CALLS = 10  # the picture is drawn at the number of calls nearest to this
 PICTURED_SAMPLES, PICTURED_SHEET = 16, 100
 COUNTS = (32, 64, 128, 256)
+REFUSALS = (ValueError, TypeError, ArithmeticError, RuntimeError, OSError)  # whose words suffice
 TOLERANCES = {"even": 0.15, "uneven": 0.3}  # by which a measured order may fall short
 
 
@@ -65,10 +67,15 @@ class OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
-        except (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError, OSError) as error:
-            if ctx.params["traceback"]:
+        except Exception as error:
+            if ctx.params["traceback"] or hasattr(error, "exit_code"):  # wrong usage, which typer shows
                 raise
             lines = [str(error), *getattr(error, "__notes__", [])]
+            if lines[1:] or not isinstance(
+                error, REFUSALS
+            ):  # not ours: the user's function or network, or a bug
+                lines[0] = f"{type(error).__name__}: {error}".removesuffix(": ")
+                lines[-1] += " (solvers --traceback ... shows where)"
             typer.echo(f"solvers: {'; '.join(' '.join(line.split()) for line in lines)}", err=True)
             raise typer.Exit(1) from error
 
@@ -82,9 +89,11 @@ ScheduleName = Annotated[
     typer.Option("--schedule", help=f"Noise schedule: {', '.join(SCHEDULES)}.", show_default="vp"),
 ]
 GridName = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--grid", help=f"Where the calls stand: {', '.join(GRIDS)}. The last three need ddpm or sd."
+        "--grid",
+        help=f"Where the calls stand: {', '.join(GRIDS)}. The last three need a Discrete schedule, as ddpm and sd are.",
+        show_default="logsnr, or trailing for a Discrete schedule, uniform where an end has infinite log-SNR",
     ),
 ]
 ModelName = Annotated[
@@ -127,7 +136,7 @@ def compare(
         str, typer.Option(help="Network calls, comma-separated; a solver takes as many steps as fit.")
     ] = "6,12,24,48,96",
     schedule: ScheduleName = None,
-    grid: GridName = "logsnr",
+    grid: GridName = None,
     samples: Samples = 32,
     seed: Seed = None,
     model: ModelName = None,
@@ -147,7 +156,7 @@ def compare(
     """Compare solvers: their error against the exact answer, at equal numbers of network calls.
 
     All start from the same noise. Prints a table and writes errors.png (error against calls), digits.png (the samples
-    at about 10 calls, under the exact ones) and records.jsonl (one record per run). The digits' exact answer is
+    at the number of calls nearest to 10, under the exact ones) and records.jsonl (one record per run). The digits' exact answer is
     certified to 1e-11; with --model a fine run stands for it, checked against one of half as many calls.
 
     Example:  `solvers compare --solvers ddim,dpm_solver_3,dpm_solver_pp_2m --calls 6,12,24 --schedule edm`
@@ -155,22 +164,30 @@ def compare(
     names = chosen("--solvers", solvers, SOLVERS)
     budgets = numbers("--calls", calls)
     key = picked("--error", error, {"median": "median_error", "rms": "error"})
-    spacing = picked("--grid", grid, GRIDS)
+    asked = named_grid(grid)
     problem = load(model, schedule, samples, seed)
-    plans = {(n, budget): within(n, problem.schedule, spacing, budget) for n in names for budget in budgets}
-    if not any(plans.values()):
+    spacing = asked or usual_grid(problem.schedule)
+    plans, reasons = candidates(names, problem, spacing, budgets)
+    if not plans and reasons:
+        raise ValueError(
+            f"no solver is left on grid {spacing.__name__}: {'; '.join(dict.fromkeys(reasons.values()))}"
+        )
+    if not plans:
         refuse("--calls", f"not one step of {', '.join(names)} fits in {budgets[-1]} calls")
+    for name in () if quiet else dict.fromkeys(name for name, _ in reasons):
+        out_of = [budget for budget in budgets if (name, budget) in reasons]
+        at = ", ".join(map(str, out_of))
+        typer.echo(f"solvers: {name} is left out at {at} calls: {reasons[name, out_of[0]]}", err=True)
     out.mkdir(parents=True, exist_ok=True)
     bars = Console(stderr=True, quiet=quiet)
 
     with bars.status("computing the exact answer"):
-        exact, resolution = answer(problem, spacing, reference_calls)
-    setting = {"samples": len(exact), "resolution": resolution, "grid": grid, **problem.origin, **versions()}
+        exact, resolution, reference = answer(problem, spacing, reference_calls)
+    setting = {"samples": len(exact), "reference": reference, "resolution": resolution}
+    setting |= {"grid": spacing.__name__, **problem.origin, **versions()}
     records: list[dict[str, Any]] = []
     ends: dict[tuple[str, int], Tensor] = {}
     for (name, budget), plan in track(plans.items(), "running the solvers", console=bars, transient=True):
-        if plan is None:
-            continue
         began = time.perf_counter()
         x = sv.run(plan, problem.model, problem.x)
         seconds = time.perf_counter() - began
@@ -189,21 +206,25 @@ def compare(
         best = sorted(
             (record for record in records if record["calls"] == near), key=lambda record: record[key]
         )
-        rows = {"exact": exact} | {record["solver"]: ends[record["solver"], near] for record in best}
+        first = "exact" if problem.flow else f"{reference}\n(known to {resolution:.0e})"
+        rows = {first: exact} | {record["solver"]: ends[record["solver"], near] for record in best}
         files["images.png" if model else "digits.png"] = figures.gallery(
             {name: x[:PICTURED_SAMPLES] for name, x in rows.items()},
             f"From the same noise by {near} network calls, best solver first",
-            ["error", *(f"{record[key]:.3f}" for record in best)],
+            ["error", *(seen(record, key) for record in best)],
+            ink=model is None,
         ).savefig
     write(out, files, quiet)
 
 
 @app.command()
 def sample(
-    solver: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "dpm_solver_pp_2m",
+    solver: Annotated[
+        str, typer.Option("--solver", "--method", help=f"One of {', '.join(METHODS)}.")
+    ] = "dpm_solver_pp_2m",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the grid.")] = 20,
     schedule: ScheduleName = None,
-    grid: GridName = "logsnr",
+    grid: GridName = None,
     samples: Samples = 64,
     seed: Seed = None,
     model: ModelName = None,
@@ -217,28 +238,34 @@ def sample(
     Example:  `solvers sample --solver dpm_solver_3 --steps 8 --seed 1`
     """
     method = picked("--solver", solver, METHODS)
-    spacing = picked("--grid", grid, GRIDS)
+    asked = named_grid(grid)
     problem = load(model, schedule, samples, seed)
+    spacing = asked or usual_grid(problem.schedule)
     plan = method.build(problem.schedule, spacing(problem.schedule, steps))
     out.mkdir(parents=True, exist_ok=True)
     x = sv.run(plan, problem.model, problem.x, progress=not quiet).cpu()
     files: Files = {"samples.npy": lambda path: np.save(path, x.numpy())}
     if figures.is_image(x):
-        title = f"{solver}, {plan.nfe} network calls"
-        files["samples.png"] = figures.sheet(x[:PICTURED_SHEET], title).savefig
+        calls = figures.counted(plan.nfe, "network call")
+        title = f"{solver}, {calls}, grid {spacing.__name__}"
+        files["samples.png"] = figures.sheet(x[:PICTURED_SHEET], title, ink=model is None).savefig
+    if not quiet:
+        typer.echo(f"Grid: {spacing.__name__}", err=True)
     write(out, files, quiet)
 
 
 @app.command()
 def order(
-    method: Annotated[str, typer.Option(help=f"Comma-separated, or all: {', '.join(METHODS)}.")] = "all",
+    method: Annotated[
+        str, typer.Option("--method", "--solver", help=f"Comma-separated, or all: {', '.join(METHODS)}.")
+    ] = "all",
     quiet: Quiet = False,
 ) -> None:
     """Measure the order of every method, and hold it against the declared one.
 
     The error against the exact flow of a mixture of three Gaussians on a line, half log-SNR from -1 to 3, 256 points,
-    is measured at 32, 64, 128 and 256 steps, equal and random ones; the order is the last slope. Exit code 1 if one
-    falls short by more than 0.15 (even steps) or 0.3 (uneven).
+    is measured at 32, 64, 128 and 256 steps, equal ones and ones that repeat an uneven pattern; the order is the last
+    slope. Exit code 1 if one falls short by more than 0.15 (even steps) or 0.3 (uneven).
 
     Example:  `solvers order --method dpm_solver_pp_2m,dpm_solver_pp_3m`
     """
@@ -278,10 +305,12 @@ def order(
 
 @app.command()
 def plan(
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "dpm_solver_pp_2m",
+    method: Annotated[
+        str, typer.Option("--method", "--solver", help=f"One of {', '.join(METHODS)}.")
+    ] = "dpm_solver_pp_2m",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the grid.")] = 10,
     schedule: ScheduleName = None,
-    grid: GridName = "logsnr",
+    grid: GridName = None,
     file: Annotated[
         Path | None,
         typer.Option("--save", dir_okay=False, help="Also write the plan, as JSON, to this file."),
@@ -296,9 +325,12 @@ def plan(
     """
     build = picked("--method", method, METHODS).build
     noise = picked("--schedule", schedule or "vp", SCHEDULES)
-    table = build(noise, picked("--grid", grid, GRIDS)(noise, steps))
+    spacing = named_grid(grid) or usual_grid(noise)
+    table = build(noise, spacing(noise, steps))
     if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
         table.save(file)
+    typer.echo(f"Grid: {spacing.__name__}", err=True)
     typer.echo(str(table))
 
 
@@ -316,20 +348,53 @@ def load(model: str | None, schedule: str | None, samples: int, seed: int | None
 
     if schedule is not None or seed is not None:
         refuse("--model", "it brings its own schedule and noise; leave out --schedule and --seed")
-    module, _, name = model.partition(":")
-    sys.path.insert(0, "")  # the current folder, as `python -m` does
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        refuse("--model", f"{model!r} was not found, {error}; expected module:function, e.g. my_model:load")
-    made = function()
+    function = found(model)
+    with blaming(model):
+        made = function()
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[1], Tensor)):
         kinds = ", ".join(type(v).__name__ for v in made) if isinstance(made, tuple) else type(made).__name__
         raise ValueError(
             f"{model} returned ({kinds}): expected (model, x, schedule), as sv.sample takes them"
         )
     net, x, noise = made
+    if not callable(getattr(noise, "half_logsnr", None)) or isinstance(noise, type):
+        raise ValueError(f"{model} returned schedule = {noise!r:.100}: expected a schedule, e.g. sv.VP()")
     return Problem(net, x[:samples], noise, None, {"model": model, "schedule": repr(noise), "seed": None})
+
+
+def found(model: str) -> Callable[[], Any]:
+    """The function that module:function names."""
+    module, _, name = model.partition(":")
+    expected = "expected module:function, e.g. my_model:load"
+    if not (module and name):
+        refuse("--model", f"{model!r} names no function; {expected}")
+    sys.path.insert(0, "")  # the current folder, as `python -m` does
+    try:
+        with blaming(f"the import of {module}"):
+            imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            refuse("--model", f"{model!r} was not found, {error}; {expected}")
+        raise
+    if not callable(getattr(imported, name, None)):
+        refuse("--model", f"{model!r} was not found, module {module!r} has no function {name!r}; {expected}")
+    return getattr(imported, name)
+
+
+@contextmanager
+def blaming(culprit: str) -> Iterator[None]:
+    """Errors say that they were raised by the user's code."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by {culprit}")
+        raise
+
+
+def seen(record: dict[str, Any], key: str) -> str:
+    """An error, or that it is below what can be known."""
+    known = record["resolution"]
+    return f"{record[key]:.1e}" if record[key] > known else f"<{known:.0e}"
 
 
 def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list[int], key: str) -> Table:
@@ -341,7 +406,7 @@ def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list
         if record is None:
             return "-"
         known = record["resolution"]
-        text = f"{record[key]:.1e}" if record[key] > known else f"<{known:.0e}"
+        text = seen(record, key)
         text = f"[bold]{text}[/]" if record[key] <= max(best[record["calls"]], known) else text
         return text if record["nfe"] == record["calls"] else f"{text} [dim]({record['nfe']})[/]"
 
@@ -354,8 +419,8 @@ def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list
     over = "median of" if key == "median_error" else "over all"
     some = records[0]
     table.caption = (
-        f"Root-mean-square error, {over} {some['samples']} samples, against the exact answer (known to "
-        f"{some['resolution']:.0e}). Bold: best of the column. (n): calls made, where not all fit."
+        f"Root-mean-square error, {over} {figures.counted(some['samples'], 'sample')}, against {some['reference']} "
+        f"(known to {some['resolution']:.0e}), on grid {some['grid']}. Bold: best of the column. (n): calls made, where not all fit."
     )
     return table
 
@@ -390,6 +455,11 @@ def picked(option: str, name: str, known: Mapping[str, T]) -> T:
         hint = f"did you mean {close[0]}? " if close else ""
         refuse(option, f"{name!r} is unknown; {hint}expected one of {', '.join(known)}")
     return known[name]
+
+
+def named_grid(name: str | None) -> Grid | None:
+    """The grid of that name, if one was asked for."""
+    return None if name is None else picked("--grid", name, GRIDS)
 
 
 def chosen(option: str, names: str, known: Iterable[str]) -> list[str]:

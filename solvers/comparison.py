@@ -1,16 +1,19 @@
 """Comparing solvers on one problem: plans within a budget of calls, the exact answer, errors."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import solvers as sv
 from solvers.methods import METHODS
+from solvers.predictions import as_model
+from solvers.rows import rows_of
 from solvers.run import AnyModel
 
 Grid = Callable[..., Tensor]  # (schedule, steps) -> times
@@ -38,34 +41,68 @@ class Problem:
     origin: dict[str, Any]
 
 
+class Answer(NamedTuple):
+    """What runs are held against: the states [B, ...] at the end of the grid, how well they are known, what they are."""
+
+    x: Tensor
+    resolution: float
+    name: str
+
+
+def usual_grid(schedule: sv.Schedule) -> Grid:
+    """The grid that `sv.sample` takes if it is given none."""
+    if isinstance(schedule, sv.Discrete):
+        return sv.trailing
+    ends = schedule.half_logsnr(torch.tensor([schedule.start, schedule.stop], dtype=torch.float64))
+    return sv.logsnr if ends.isfinite().all() else sv.uniform
+
+
 def within(name: str, schedule: sv.Schedule, grid: Grid, calls: int) -> sv.Plan | None:
     """The plan of most steps that makes at most so many calls; None where one step makes more."""
-    try:
-        if name == FAST:
-            start, stop = grid(schedule, 1)[[0, -1]].tolist()
-            return sv.dpm_solver_fast(schedule, calls, start=start, stop=stop)
-        method = METHODS[name]
-        for steps in range(calls // method.calls_per_step, 0, -1):
-            plan = method.build(schedule, grid(schedule, steps))
-            if plan.nfe <= calls:
-                return plan
-    except ValueError as error:
-        error.add_note(f"building {name} for {calls} calls; choose other --solvers or another --grid")
-        raise
+    if name == FAST:
+        if grid is not sv.logsnr:
+            raise ValueError(
+                "it stands on a grid of its own, uniform in log-SNR: compare it on --grid logsnr"
+            )
+        return sv.dpm_solver_fast(schedule, calls)
+    method = METHODS[name]
+    for steps in range(calls // method.calls_per_step, 0, -1):
+        plan = method.build(schedule, grid(schedule, steps))
+        if plan.nfe <= calls:
+            return plan
     return None
 
 
-def answer(problem: Problem, grid: Grid, calls: int) -> tuple[Tensor, float]:
-    """The states [B, ...] at the end of the grid that runs are held against, and how well they are known.
+def candidates(
+    names: Iterable[str], problem: Problem, grid: Grid, budgets: Iterable[int]
+) -> tuple[dict[tuple[str, int], sv.Plan], dict[tuple[str, int], str]]:
+    """The plans that fit, by (name, calls), and of those that this grid and model do not allow the reasons."""
+    plans, reasons = {}, {}
+    for name, calls in product(names, budgets):
+        try:
+            if plan := within(name, problem.schedule, grid, calls):
+                rows_of(plan, as_model(problem.model))  # refuses what the network cannot read
+                plans[name, calls] = plan
+        except ValueError as error:
+            reasons[name, calls] = str(error)
+    return plans, reasons
 
-    Without a known flow: a singlestep run of order 3, and its distance to one of half as many calls.
+
+def answer(problem: Problem, grid: Grid, calls: int) -> Answer:
+    """The exact answer at the end of the grid, or a fine run and its distance to one of half as many calls.
+
+    The fine run is singlestep, of order 3; on a Discrete schedule multistep, of order 2, which calls at levels only.
     """
     if problem.flow:
         start, stop = grid(problem.schedule, 1)[[0, -1]].tolist()
-        return problem.flow(problem.x, problem.schedule, start, stop), CERTIFIED
-    plans = (within("dpm_solver_pp_3s", problem.schedule, grid, n) for n in (calls // 2, calls))
+        return Answer(problem.flow(problem.x, problem.schedule, start, stop), CERTIFIED, "the exact answer")
+    method = "dpm_solver_pp_3s"
+    if isinstance(problem.schedule, sv.Discrete):
+        method, calls = "dpm_solver_pp_2m", min(calls, problem.schedule.levels)
+    plans = [within(method, problem.schedule, grid, n) for n in (calls // 2, calls)]
     coarse, fine = (sv.run(plan, problem.model, problem.x) for plan in plans if plan)
-    return fine, errors(coarse, fine)["error"]
+    made = plans[1].nfe if plans[1] else 0
+    return Answer(fine, errors(coarse, fine)["error"], f"a fine run of {made} calls")
 
 
 def errors(x: Tensor, exact: Tensor) -> dict[str, float]:

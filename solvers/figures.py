@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import ceil
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ COLORS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#444444", "#7a5195", "#c1121f", "#8c6d31", "#1f9eb5", "#6a994e",
 )  # fmt: skip
 MARKERS = "os^DvP<"
+STYLES = "-", "--", ":"  # the colours begin again, dashed
 GAP = 0.035  # between labels, as a share of the axis
 
 
@@ -33,19 +35,20 @@ def work_precision(records: Sequence[Mapping[str, Any]], key: str, label: str) -
     for i, solver in enumerate(dict.fromkeys(record["solver"] for record in records)):
         points = sorted((r["nfe"], r[key]) for r in records if r["solver"] == solver and r[key] > 0)
         if points:
-            color = COLORS[i % len(COLORS)]
+            color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
             axes.plot(
                 *zip(*points, strict=True),
                 color=color,
+                linestyle=style,
                 marker=MARKERS[i % len(MARKERS)],
                 markersize=4,
                 linewidth=1.3,
             )
-            ends[solver] = (*points[-1], color)
+            ends[solver] = (*points[-1], color, style)
     some = records[0]
     if any(record[key] < some["resolution"] for record in records):
         axes.axhline(
-            some["resolution"], color="0.5", linestyle=":", label="the exact answer is known to this"
+            some["resolution"], color="0.5", linestyle=":", label=f"{some['reference']} is known to this"
         )
         axes.legend(frameon=False, loc="lower left")
     axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=label)
@@ -53,25 +56,27 @@ def work_precision(records: Sequence[Mapping[str, Any]], key: str, label: str) -
     axes.set_xticks(asked, labels=map(str, asked))
     axes.minorticks_off()
     axes.set_xlim(min(record["nfe"] for record in records) / 1.15, asked[-1] * 1.08)
-    setting = f"{some['model']}, schedule {some['schedule']}, grid {some['grid']}, {some['samples']} samples"
-    axes.set_title(f"Error against the exact answer\n{setting}", loc="left", fontsize=10)
+    count = counted(some["samples"], "sample")
+    setting = f"{some['model']}, schedule {some['schedule']}, grid {some['grid']}, {count}"
+    known = f"{some['reference']} (known to {some['resolution']:.0e})"
+    axes.set_title(f"Error against {known}\n{fill(setting, 100)}", loc="left", fontsize=10)
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     _name_ends(axes, ends)
     return figure
 
 
-def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
+def _name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str, str]]) -> None:
     """Write each line's name to the right of the axes, at its end's height or as near as the other names allow."""
     to_axes = axes.transData + axes.transAxes.inverted()
     places = {name: tuple(to_axes.transform(end[:2])) for name, end in ends.items()}
     names = sorted(places, key=lambda name: places[name][1])
     heights = _spread([places[name][1] for name in names], GAP)
     for name, height in zip(names, heights, strict=True):
-        color = ends[name][2]
+        color, style = ends[name][2:]
         axes.annotate(
             name, places[name], (1.05, height), "axes fraction", "axes fraction", color=color, fontsize=9, va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": color, "linestyle": style, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -90,36 +95,47 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def counted(count: int, thing: str) -> str:
+    """1 sample, 2 samples."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def is_image(x: Tensor) -> bool:
     """Whether x [B, C, H, W] can be drawn: grey or RGB."""
     return x.ndim == 4 and x.shape[1] in (1, 3)
 
 
-def gallery(rows: Mapping[str, Tensor], title: str, notes: Sequence[str] = ()) -> Figure:
+def gallery(rows: Mapping[str, Tensor], title: str, notes: Sequence[str] = (), ink: bool = False) -> Figure:
     """Rows of images, each row named at its left, with a note at its right.
 
     Args:
-        rows: images in [-1, 1] by name, [n, C, H, W]; C = 1 is drawn as ink on paper, C = 3 is RGB.
+        rows: images in [-1, 1] by name, [n, C, H, W]; C = 1 is grey, C = 3 is RGB.
         title: of the figure.
         notes: one per row, or none.
+        ink: draw 1 as ink on paper, black, and not as light.
 
     Returns:
         The figure, to be saved.
     """
     images = torch.stack(list(rows.values())).double().cpu().clamp(-1, 1)
     count, columns, channels, height, width = images.shape
-    images = (1 - images if channels == 1 else 1 + images) / 2
+    images = (1 - images if ink else 1 + images) / 2
     gap = max(1, width // 12)
     tiles = torch.nn.functional.pad(images, (0, gap, 0, gap), value=0.82)
     picture = tiles.permute(0, 3, 1, 4, 2).reshape(count * (height + gap), columns * (width + gap), channels)
     tall = 0.62 * height / width
     margin = 3 if any(name.strip() for name in rows) else 0.3
-    figure = Figure(figsize=(0.62 * columns + margin, tall * count + 0.5), layout="constrained", dpi=150)
+    figure = Figure(
+        figsize=(max(0.62 * columns, 0.09 * len(title)) + margin, tall * count + 0.5),
+        layout="constrained",
+        dpi=150,
+    )
     axes = figure.add_subplot()
     axes.imshow(picture[:-gap, :-gap].expand(-1, -1, 3).numpy(), interpolation="nearest")
     middles = [row * (height + gap) + height / 2 - 0.5 for row in range(count)]
     axes.set_yticks(middles, labels=list(rows))
     axes.set_xticks([])
+    axes.set_anchor("W")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, loc="left", fontsize=11)
@@ -128,9 +144,9 @@ def gallery(rows: Mapping[str, Tensor], title: str, notes: Sequence[str] = ()) -
     return figure
 
 
-def sheet(x: Tensor, title: str) -> Figure:
+def sheet(x: Tensor, title: str, ink: bool = False) -> Figure:
     """Images [B, C, H, W] in a square, as `gallery` draws them; the places left over stay empty."""
     columns = ceil(len(x) ** 0.5)
-    empty = -torch.ones_like(x[:1]) if x.shape[1] == 1 else torch.ones_like(x[:1])
+    empty = torch.full_like(x[:1], -1 if ink else 1)
     full = torch.cat([x, *[empty] * (-len(x) % columns)])
-    return gallery({" " * i: row for i, row in enumerate(full.split(columns))}, title)
+    return gallery({" " * i: row for i, row in enumerate(full.split(columns))}, title, ink=ink)

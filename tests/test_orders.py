@@ -104,12 +104,14 @@ def test_a_ramp_costs_the_order_that_a_singlestep_start_keeps(order, predicts):
     assert trajectory_slopes(build("singlestep"), "line", NARROW, even)[-1] == pytest.approx(order, abs=0.15)
 
 
+@pytest.mark.parametrize("span", [NARROW, FULL], ids=["narrow", "full"])
+@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("nfe_mod_3", [0, 1, 2])
-def test_dpm_solver_fast_has_the_order_of_its_last_steps(nfe_mod_3):
+def test_dpm_solver_fast_has_the_order_of_its_last_steps(nfe_mod_3, problem, span):
     """[3, .., 2, 1] and [3, .., 1] end in a first-order step, of local error h^2; [3, .., 2] in one of h^3."""
     errors = [
-        rms(sv.dpm_solver_fast(VP, 3 * n + nfe_mod_3, start=NARROW[0], stop=NARROW[1]), "line", NARROW)
-        for n in COUNTS[NARROW]
+        rms(sv.dpm_solver_fast(VP, 3 * n + nfe_mod_3, start=span[0], stop=span[1]), problem, span)
+        for n in COUNTS[span]
     ]
     assert slopes(errors)[-1] == pytest.approx(3 if nfe_mod_3 == 2 else 2, abs=0.15)
 
