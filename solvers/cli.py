@@ -71,9 +71,8 @@ class OneLineErrors(TyperGroup):
             if ctx.params["traceback"] or hasattr(error, "exit_code"):  # wrong usage, which typer shows
                 raise
             lines = [str(error), *getattr(error, "__notes__", [])]
-            if lines[1:] or not isinstance(
-                error, REFUSALS
-            ):  # not ours: the user's function or network, or a bug
+            ours = isinstance(error, REFUSALS) and not lines[1:]
+            if not ours:  # raised by the user's function or network, or a bug
                 lines[0] = f"{type(error).__name__}: {error}".removesuffix(": ")
                 lines[-1] += " (solvers --traceback ... shows where)"
             typer.echo(f"solvers: {'; '.join(' '.join(line.split()) for line in lines)}", err=True)
@@ -156,8 +155,8 @@ def compare(
     """Compare solvers: their error against the exact answer, at equal numbers of network calls.
 
     All start from the same noise. Prints a table and writes errors.png (error against calls), digits.png (the samples
-    at the number of calls nearest to 10, under the exact ones) and records.jsonl (one record per run). The digits' exact answer is
-    certified to 1e-11; with --model a fine run stands for it, checked against one of half as many calls.
+    at the number of calls nearest to 10, under the exact ones) and records.jsonl (one record per run). The digits'
+    exact answer is certified to 1e-11; with --model a fine run stands for it, checked against one of half as many calls.
 
     Example:  `solvers compare --solvers ddim,dpm_solver_3,dpm_solver_pp_2m --calls 6,12,24 --schedule edm`
     """
@@ -176,8 +175,8 @@ def compare(
         refuse("--calls", f"not one step of {', '.join(names)} fits in {budgets[-1]} calls")
     for name in () if quiet else dict.fromkeys(name for name, _ in reasons):
         out_of = [budget for budget in budgets if (name, budget) in reasons]
-        at = ", ".join(map(str, out_of))
-        typer.echo(f"solvers: {name} is left out at {at} calls: {reasons[name, out_of[0]]}", err=True)
+        at = "" if out_of == budgets else f" at {', '.join(map(str, out_of))} calls"
+        typer.echo(f"solvers: {name} is left out{at}: {reasons[name, out_of[0]]}", err=True)
     out.mkdir(parents=True, exist_ok=True)
     bars = Console(stderr=True, quiet=quiet)
 

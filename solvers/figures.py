@@ -126,7 +126,7 @@ def gallery(rows: Mapping[str, Tensor], title: str, notes: Sequence[str] = (), i
     tall = 0.62 * height / width
     margin = 3 if any(name.strip() for name in rows) else 0.3
     figure = Figure(
-        figsize=(max(0.62 * columns, 0.09 * len(title)) + margin, tall * count + 0.5),
+        figsize=(max(0.62 * columns, 0.08 * len(title)) + margin, tall * count + 0.5),
         layout="constrained",
         dpi=150,
     )

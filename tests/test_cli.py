@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from matplotlib.text import Text
 from torch.testing import assert_close
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -40,6 +41,27 @@ def wrong():
 
 def nan():
     return (lambda x, t: x * float("nan")), torch.ones(2, 3), SCHEDULE
+
+def flow():
+    return sv.Model(lambda x, t: 0.5 * x + x.tanh(), predicts="flow"), torch.ones(2, 3), sv.Flow()
+
+LEVELS = sv.Discrete.linear(40)
+
+def whole_steps():
+    table = torch.linspace(0.95, 0.5, 40)
+    net = lambda x, n: table[n][:, None, None, None] * x
+    return sv.Model(net, label=LEVELS.step), torch.linspace(-1, 1, 72).reshape(2, 1, 6, 6), LEVELS
+
+def breaks():
+    raise KeyError("weights")
+
+def asserts():
+    def net(x, t):
+        assert x.ndim == 4, "four dimensions" + chr(10) + "please"
+    return net, torch.ones(2, 3), SCHEDULE
+
+def no_schedule():
+    return (lambda x, t: x), torch.ones(2, 3), sv.VP
 
 def fragile():
     return (lambda x, t: x @ torch.ones(7, 7)), torch.ones(2, 3), SCHEDULE
@@ -157,6 +179,109 @@ def test_errors_that_the_fine_run_cannot_see_are_shown_as_bounds(mine):
     assert shows_something(mine / "results/errors.png")
 
 
+@pytest.mark.parametrize("grid", ["trailing", "leading", "linspace"])
+def test_a_solver_that_cannot_stand_on_the_grid_is_left_out(grid, tmp_path):
+    options = ["--schedule", "ddpm", "--grid", grid, "--calls", "6", "--samples", 1, "--out", tmp_path]
+    result = call("compare", *options)
+    assert result.exit_code == 0, result.output
+    notes = [line for line in result.stderr.splitlines() if "left out" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("solvers: dpm_solver_fast is left out: it stands on a grid of its own")
+    assert re.search(r"dpm_solver_fast +-\s", result.stdout)
+    assert re.search(r"dpm_solver_pp_2s +\d\.\de", result.stdout)
+    assert f"median of 1 sample, against the exact answer (known to 1e-11), on grid {grid}." in result.words
+
+
+def test_the_default_grid_is_that_of_sample(mine):
+    for schedule in (sv.VP(), sv.EDM(), sv.Flow(), sv.Discrete.linear(20)):
+        times = comparison.usual_grid(schedule)(schedule, 4)
+        seen = []
+        model = sv.Model(
+            lambda x, t, seen=seen: seen.append(t[0].item()) or x, predicts="data", label=lambda t: t
+        )
+        sv.sample(model, torch.ones(1, 2, dtype=torch.float64), schedule, steps=4)
+        assert seen == times[:-1].tolist()
+    result = call("compare", "--model", "my_model:flow", "--calls", "6,12")
+    assert result.exit_code == 0, result.output
+    assert "solvers: dpm_solver_3 is left out: the noise form cannot start at alpha = 0" in result.stderr
+    records = [json.loads(line) for line in (mine / "results/records.jsonl").read_text().splitlines()]
+    assert {record["grid"] for record in records} == {"uniform"}
+    assert "Grid: uniform\n" in call("sample", "--model", "my_model:flow").stderr
+    plan = call("plan", "--schedule", "ddpm", "--steps", 3)
+    schedule = sv.Discrete.linear()
+    assert plan.stderr == "Grid: trailing\n"
+    assert plan.stdout == f"{sv.dpm_solver_pp(schedule, sv.trailing(schedule, 3))}\n"
+
+
+def test_a_network_of_whole_steps_is_held_against_a_run_on_its_levels(mine):
+    result = call("compare", "--model", "my_model:whole_steps", "--calls", "6,12", "--reference-calls", 100)
+    assert result.exit_code == 0, result.output
+    assert "against a fine run of 40 calls (known to" in result.words
+    assert re.search(r"dpm_solver_3 is left out: step [\d.]+ lies between two levels", result.stderr)
+    records = [json.loads(line) for line in (mine / "results/records.jsonl").read_text().splitlines()]
+    assert {record["solver"] for record in records} == {"ddim", "dpm_solver_pp_2m"}
+    assert {record["reference"] for record in records} == {"a fine run of 40 calls"}
+
+
+def test_a_solver_is_left_out_where_it_does_not_fit(mine):
+    options = ["--solvers", "ddim", "--calls", "6,50"]
+    result = call("compare", "--model", "my_model:whole_steps", *options)
+    assert "solvers: ddim is left out at 50 calls: calls " in result.stderr
+    assert re.search(r"ddim +\d\.\de-\d\d +-\s", result.stdout)
+
+
+def test_both_names_of_a_method_are_taken(tmp_path):
+    plans = [call("plan", option, "ddim", "--steps", 3).stdout for option in ("--method", "--solver")]
+    assert plans[0] == plans[1] != ""
+    assert call("order", "--solver", "ddim", "--quiet").exit_code == 0
+    options = ["--steps", 1, "--samples", 1, "--quiet", "--out", tmp_path]
+    assert call("sample", "--method", "ddim", *options).exit_code == 0
+
+
+def texts(figure):
+    """Every text of a figure, with where it is drawn as a share of the figure's width."""
+    figure.draw_without_rendering()
+    width = figure.bbox.width
+    found = [text for text in figure.findobj(Text) if text.get_text().strip()]
+    return {text.get_text(): [edge / width for edge in text.get_window_extent().intervalx] for text in found}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_words_of_a_picture_are_not_clipped(count):
+    x = torch.zeros(count, 1, 8, 8)
+    fine = "a fine run of 600 calls\n(known to 1e-09)"
+    title = "From the same noise by 12 network calls, best solver first"
+    gallery = figures.gallery({fine: x, "dpm_solver_multistep_3": x}, title, ["error", "<1e-09"])
+    sheet = figures.sheet(x, "dpm_solver_multistep_3, 100 network calls, grid quadratic")
+    for drawn, least in ((gallery, 5), (sheet, 1)):
+        assert len(texts(drawn)) >= least
+        assert all(0 <= low < high <= 1 for low, high in texts(drawn).values())
+
+
+def test_only_the_digits_are_drawn_as_ink(monkeypatch, mine):
+    x = torch.ones(1, 1, 8, 8)
+    for ink, shade in ((False, 1.0), (True, 0.0)):
+        image = figures.sheet(x, "", ink=ink).axes[0].get_images()[0].get_array()
+        assert (np.asarray(image) == shade).all()
+    drawn = []
+    sheet = figures.sheet
+    monkeypatch.setattr(figures, "sheet", lambda *a, ink: drawn.append(ink) or sheet(*a, ink=ink))
+    call("sample", "--steps", 1, "--samples", 1)
+    call("sample", "--steps", 1, "--samples", 1, "--model", "my_model:whole_steps")
+    assert drawn == [True, False]
+
+
+def test_every_solver_has_a_line_of_its_own():
+    setting = {"calls": 6, "nfe": 6, "error": 0.1, "resolution": 1e-3, "reference": "a fine run of 9 calls"}
+    setting |= {"model": "m", "schedule": "s", "grid": "g", "samples": 1}
+    figure = figures.work_precision([{"solver": name, **setting} for name in cli.SOLVERS], "error", "error")
+    lines = figure.axes[0].get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(cli.SOLVERS)
+    title = figure.axes[0].get_title(loc="left")
+    assert title.startswith("Error against a fine run of 9 calls (known to 1e-03)\n")
+    assert title.endswith("1 sample")
+
+
 def test_compare_draws_the_users_images_and_takes_the_first_samples(mine):
     result = call(
         "compare", "--model", "my_model:pictures", "--solvers", "ddim", "--calls", "4", "--samples", 3
@@ -186,12 +311,13 @@ def test_sample_of_a_model_without_images_is_an_array_alone(mine):
 
 
 def test_plan_prints_and_saves(tmp_path):
-    result = call("plan", "--method", "dpm_solver_pp_3m", "--steps", 5, "--save", tmp_path / "plan.json")
+    file = tmp_path / "new" / "folder" / "plan.json"
+    result = call("plan", "--method", "dpm_solver_pp_3m", "--steps", 5, "--save", file)
     schedule = sv.VP()
     plan = METHODS["dpm_solver_pp_3m"].build(schedule, sv.logsnr(schedule, 5))
     assert result.exit_code == 0
     assert result.stdout == f"{plan}\n"
-    assert sv.Plan.load(tmp_path / "plan.json") == plan
+    assert sv.Plan.load(file) == plan
 
 
 def test_order_measures_what_is_declared():
@@ -231,7 +357,10 @@ def test_order_refuses_a_wrong_declaration(monkeypatch):
         (["compare", "--samples", "0"], "--samples"),
         (["compare", "--model", "my_model:load", "--seed", "1"], "leave out --schedule and --seed"),
         (["compare", "--model", "my_model"], "expected module:function, e.g. my_model:load"),
-        (["compare", "--model", "my_model:lod"], "has no attribute 'lod'; expected module:function"),
+        (
+            ["compare", "--model", "my_model:lod"],
+            "module 'my_model' has no function 'lod'; expected module:function",
+        ),
         (
             ["compare", "--model", "no_such_module:load"],
             "No module named 'no_such_module'; expected module:function",
@@ -260,7 +389,24 @@ def test_wrong_usage_is_exit_code_2_and_says_what_to_write(arguments, words, min
         ),
         (["compare", "--model", "my_model:nan"], "the model's output is not finite in call 0"),
         (["sample", "--model", "my_model:fragile"], "raised by the model in call 0 of 20, t = 1"),
-        (["plan", "--save", "missing/folder/plan.json"], "No such file or directory"),
+        (
+            ["sample", "--model", "my_model:asserts"],
+            "AssertionError: four dimensions please; raised by the model in call 0",
+        ),
+        (
+            ["compare", "--model", "my_model:breaks"],
+            "KeyError: 'weights'; raised by my_model:breaks (solvers --traceback ... shows where)",
+        ),
+        (["sample", "--model", "my_model:no_schedule"], "expected a schedule, e.g. sv.VP()"),
+        (
+            ["compare", "--model", "my_model:flow", "--grid", "logsnr"],
+            "no solver is left on grid logsnr: start = 1 has alpha = 0",
+        ),
+        (
+            ["compare", "--solvers", "dpm_solver_fast", "--grid", "uniform"],
+            "compare it on --grid logsnr",
+        ),
+        (["plan", "--save", "my_model.py/plan.json"], "my_model.py"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

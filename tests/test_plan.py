@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import solvers as sv
-from problems import VP
+from problems import PROBLEMS, VP, generator
 from solvers.methods import METHODS
 
 TIMES = sv.logsnr(VP, 6)
@@ -158,3 +158,17 @@ def test_coefficients_can_be_differentiated_by_the_grid():
 def test_json_is_plain():
     body = json.loads(sv.ddim(VP, TIMES).to_json())
     assert set(body) == {"format", "predicts", "times", "alpha", "sigma", "a", "b", "c"}
+
+
+def test_a_plan_may_weigh_velocities():
+    """DDIM as a rotation: x_t = (alpha_t alpha_s + sigma_t sigma_s) x_s + (sigma_t alpha_s - alpha_t sigma_s) v."""
+    alpha, sigma = VP.alpha(TIMES), VP.sigma(TIMES)
+    a = alpha[1:] * alpha[:-1] + sigma[1:] * sigma[:-1]
+    b = (sigma[1:] * alpha[:-1] - alpha[1:] * sigma[:-1])[:, None]
+    rotation = sv.Plan(TIMES, alpha, sigma, a, b, predicts="velocity")
+    x = torch.randn(2, 8, dtype=torch.float64, generator=generator())
+    for predicts in ("noise", "velocity"):
+        model = sv.Model(PROBLEMS["eight"].model(VP, predicts), predicts=predicts)
+        assert_close(sv.run(rotation, model, x), sv.run(sv.ddim(VP, TIMES), model, x), rtol=1e-11, atol=1e-11)
+    with pytest.raises(ValueError, match="row 0 is not consistent"):
+        dataclasses.replace(rotation, b=1.001 * b)

@@ -202,3 +202,10 @@ def test_digits_are_digits():
     assert near.median() < 1.3 * apart.median()
     assert set(labels[index]) == set(range(10))
     assert digits() is digits()
+
+
+def test_a_mixture_of_points_is_refused_where_it_has_no_density():
+    points = Mixture([0.5, 0.5], [[-1.0], [1.0]], torch.zeros(2, 1, 1))
+    assert points.data(torch.tensor([[0.9]]), 1.0, 0.1).item() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="take Empirical"):
+        points.data(torch.tensor([[0.9]]), 1.0, 0.0)
