@@ -21,7 +21,7 @@ from torch import Tensor
 import solvers as sv
 
 # calls: enough for the set-up of a run to weigh little; rounds: enough for a quiet moment on a shared machine
-CASES = {(1, 4, 64, 64): (50, 100), (16, 4, 64, 64): (50, 40), (64, 3, 256, 256): (10, 12)}
+CASES = {(1, 4, 64, 64): (50, 100), (16, 4, 64, 64): (50, 40), (64, 3, 256, 256): (20, 8)}
 METHODS = {
     "dpm_solver_pp 2": sv.dpm_solver_pp,
     "ddim": sv.ddim,

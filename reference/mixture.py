@@ -84,7 +84,9 @@ class Mixture(Distribution):
         """P [B or 1, K, d] and u = (x - alpha m) / P [B, K, d], per eigen-direction; log w_k q_k(x) [B, K]."""
         p = alpha[..., None] ** 2 * self.variances + sigma[..., None] ** 2
         if (p == 0).any():
-            raise ValueError("no density at sigma = 0: a component's variance is 0; take Empirical for a finite data set")
+            raise ValueError(
+                "no density at sigma = 0: a component's variance is 0; take Empirical for a finite data set"
+            )
         centred = x[:, None] - alpha[..., None] * self.means.flatten(1)
         u = ratio(torch.einsum("bki,kij->bkj", centred, self.bases), p)
         return p, u, self.weights.log() - 0.5 * ((2 * pi * p).log() + p * u**2).sum(-1)

@@ -159,8 +159,8 @@ def _scaled_adds(steps: list[ScaledAdd], m: Tensor, check: bool) -> bool:
 
     A large state on a CPU goes through all of them piece by piece, while the piece is in the cache.
     """
-    alike = all(t.stride() == m.stride() for y, _, u, _ in steps for t in (y, u))
-    if m.device.type == "cpu" and m.numel() > PIECE and alike:
+    large = m.device.type == "cpu" and m.numel() > PIECE
+    if large and all(t.stride() == m.stride() for y, _, u, _ in steps for t in (y, u)):
 
         def pieces(t: Tensor, *column: int) -> tuple[Tensor, ...]:
             return t.as_strided((t.numel(), *column), (1, *column)).split(PIECE)
@@ -185,5 +185,4 @@ def _scaled_adds(steps: list[ScaledAdd], m: Tensor, check: bool) -> bool:
 
 def is_finite(x: Tensor) -> bool:
     """Whether every entry is finite. A sum is read many times faster than `isfinite`; only where it overflows, look closer."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
+    return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
