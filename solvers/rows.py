@@ -165,13 +165,13 @@ def _scaled_adds(steps: list[ScaledAdd], m: Tensor, check: bool) -> bool:
         def pieces(t: Tensor, *column: int) -> tuple[Tensor, ...]:
             return t.as_strided((t.numel(), *column), (1, *column)).split(PIECE)
 
+        one = ONE[m.dtype]
         cut = [(pieces(y), scale, pieces(u, 1), weight) for y, scale, u, weight in steps]
         for i, piece in enumerate(pieces(m)):
+            for targets, scale, columns, weight in cut:  # in one pass: a matrix of one column, times [1]
+                targets[i].addmv_(columns[i], one, beta=scale, alpha=weight)
             if check and not (math.isfinite(torch.dot(piece, piece).item()) or piece.isfinite().all()):
                 return False
-            for targets, scale, columns, weight in cut:  # in one pass: a matrix of one column, times [1]
-                y = targets[i]
-                torch.addmv(y, columns[i], ONE[y.dtype], beta=scale, alpha=weight, out=y)
         return True
     if check and not is_finite(m):
         return False

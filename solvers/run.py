@@ -212,7 +212,9 @@ def _execute(
         else:
             new = combined_in_place(row, x, m, outputs, i, reuse, check=not late)
         if new is None:
-            raise _non_finite(plan, i, _norm(m.detach()), is_finite(x))  # x is whole where m is not
+            # the row may have been applied to part of x already: where m is finite, x still is what it was, finite or not
+            blameless = bool((x.isfinite() | ~m.isfinite()).all())
+            raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=blameless)
         x = new
         if source is not None:
             if last_draw[i] >= i:
