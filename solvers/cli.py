@@ -194,7 +194,7 @@ def compare(
         records.append(run | errors(x, exact) | setting)
         ends[name, budget] = x
 
-    show(error_table(records, names, budgets, key))
+    show(figures.error_table(records, names, budgets, key))
     lines = "".join(json.dumps(record) + "\n" for record in records)
     files: Files = {
         "records.jsonl": lambda path: path.write_text(lines, encoding="utf-8"),
@@ -210,7 +210,7 @@ def compare(
         files["images.png" if model else "digits.png"] = figures.gallery(
             {name: x[:PICTURED_SAMPLES] for name, x in rows.items()},
             f"From the same noise by {near} network calls, best solver first",
-            ["error", *(seen(record, key) for record in best)],
+            ["error", *(figures.seen(record, key) for record in best)],
             ink=model is None,
         ).savefig
     write(out, files, quiet)
@@ -388,40 +388,6 @@ def blaming(culprit: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"raised by {culprit}")
         raise
-
-
-def seen(record: dict[str, Any], key: str) -> str:
-    """An error, or that it is below what can be known."""
-    known = record["resolution"]
-    return f"{record[key]:.1e}" if record[key] > known else f"<{known:.0e}"
-
-
-def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list[int], key: str) -> Table:
-    """Rows are solvers, columns numbers of calls; the best of each column is bold."""
-    runs = {(record["solver"], record["calls"]): record for record in records}
-    best = {b: min((r[key] for r in records if r["calls"] == b), default=0.0) for b in budgets}
-
-    def cell(record: dict[str, Any] | None) -> str:
-        if record is None:
-            return "-"
-        known = record["resolution"]
-        text = seen(record, key)
-        text = f"[bold]{text}[/]" if record[key] <= max(best[record["calls"]], known) else text
-        return text if record["nfe"] == record["calls"] else f"{text} [dim]({record['nfe']})[/]"
-
-    table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
-    table.add_column("calls", no_wrap=True)
-    for budget in budgets:
-        table.add_column(str(budget), justify="right")
-    for solver in solvers:
-        table.add_row(solver, *(cell(runs.get((solver, budget))) for budget in budgets))
-    over = "median of" if key == "median_error" else "over all"
-    some = records[0]
-    table.caption = (
-        f"Root-mean-square error, {over} {figures.counted(some['samples'], 'sample')}, against {some['reference']} "
-        f"(known to {some['resolution']:.0e}), on grid {some['grid']}. Bold: best of the column. (n): calls made, where not all fit."
-    )
-    return table
 
 
 def show(table: Table) -> None:

@@ -1,4 +1,4 @@
-"""Figures of the `solvers` command: error against calls, and rows of images. They read records; they measure nothing."""
+"""What the `solvers` command shows: tables and figures of errors, rows of images. They read records; they measure nothing."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
 from torch import Tensor
 
 COLORS = (
@@ -150,3 +152,37 @@ def sheet(x: Tensor, title: str, ink: bool = False) -> Figure:
     empty = torch.full_like(x[:1], -1 if ink else 1)
     full = torch.cat([x, *[empty] * (-len(x) % columns)])
     return gallery({" " * i: row for i, row in enumerate(full.split(columns))}, title, ink=ink)
+
+
+def seen(record: dict[str, Any], key: str) -> str:
+    """An error, or that it is below what can be known."""
+    known = record["resolution"]
+    return f"{record[key]:.1e}" if record[key] > known else f"<{known:.0e}"
+
+
+def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list[int], key: str) -> Table:
+    """Rows are solvers, columns numbers of calls; the best of each column is bold."""
+    runs = {(record["solver"], record["calls"]): record for record in records}
+    best = {b: min((r[key] for r in records if r["calls"] == b), default=0.0) for b in budgets}
+
+    def cell(record: dict[str, Any] | None) -> str:
+        if record is None:
+            return "-"
+        known = record["resolution"]
+        text = seen(record, key)
+        text = f"[bold]{text}[/]" if record[key] <= max(best[record["calls"]], known) else text
+        return text if record["nfe"] == record["calls"] else f"{text} [dim]({record['nfe']})[/]"
+
+    table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
+    table.add_column("calls", no_wrap=True)
+    for budget in budgets:
+        table.add_column(str(budget), justify="right")
+    for solver in solvers:
+        table.add_row(solver, *(cell(runs.get((solver, budget))) for budget in budgets))
+    over = "median of" if key == "median_error" else "over all"
+    some = records[0]
+    table.caption = (
+        f"Root-mean-square error, {over} {counted(some['samples'], 'sample')}, against {some['reference']} "
+        f"(known to {some['resolution']:.0e}), on grid {some['grid']}. Bold: best of the column. (n): calls made, where not all fit."
+    )
+    return table
