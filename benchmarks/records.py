@@ -1,24 +1,19 @@
 """Records: what a benchmark writes, one JSON object a line, and what draw.py reads."""
 
 import json
-import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from solvers import comparison
+
 
 def versions() -> dict[str, str]:
     """What made a record."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "solvers": version("diffusion-solvers"),
-        "threads": str(torch.get_num_threads()),
-    }
+    return comparison.versions() | {"threads": str(torch.get_num_threads())}
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--shape", action="append", help="e.g. 1x4x64x64; may be repeated; default: three sizes"
     )
-    parser.add_argument("--calls", type=int, help="calls in a run; default: 50, or 10 for the largest")
+    parser.add_argument("--calls", type=int, help="calls in a run; default: 50, or 20 for the largest")
     parser.add_argument("--rounds", type=int, help="runs of each; default: 100, 40, 12")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice"

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 import solvers as sv
 from reference import Distribution, Mixture, digits
-from solvers.methods import METHODS, Method
+from solvers.comparison import errors, within
+from solvers.methods import METHODS
 
 CALLS = (5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
 SCHEDULES = {"VP": sv.VP(), "EDM": sv.EDM()}
@@ -56,23 +57,6 @@ def start(data: Distribution, schedule: sv.Schedule, starts: int, seed: int) -> 
     return sv.noised(x0, schedule, schedule.start, torch.randn(x0.shape, dtype=x0.dtype, generator=generator))
 
 
-def plan_within(
-    method: Method, schedule: sv.Schedule, grid: Callable[..., Tensor], calls: int
-) -> sv.Plan | None:
-    """The plan with the most steps that makes at most `calls` calls; None if one step is too many."""
-    for steps in range(calls // method.calls_per_step, 0, -1):
-        plan = method.build(schedule, grid(schedule, steps))
-        if plan.nfe <= calls:
-            return plan
-    return None
-
-
-def errors(x: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Root mean square over everything; median over starts of one start's."""
-    each = (x - exact).flatten(1).square().mean(1)
-    return float(each.mean().sqrt()), float(each.median().sqrt())
-
-
 def records(
     problems: Sequence[str],
     schedules: Sequence[str],
@@ -94,7 +78,7 @@ def records(
             model = data.model(schedule)
             for grid, name, asked in product(grids, methods, calls):
                 bar.update()
-                plan = plan_within(METHODS[name], schedule, GRIDS[grid], asked)
+                plan = within(name, schedule, GRIDS[grid], asked)
                 if plan is None:
                     continue
                 began = perf_counter()
@@ -108,7 +92,7 @@ def records(
                     problem,
                     asked,
                     plan.nfe,
-                    *errors(end, exact),
+                    *errors(end, exact).values(),  # over all, of the median start
                     seconds,
                     n,
                     seed,

@@ -24,7 +24,8 @@ from typer.core import TyperGroup
 
 import solvers as sv
 from solvers import figures
-from solvers.comparison import FAST, Grid, Problem, answer, candidates, errors, usual_grid, versions
+from solvers.comparison import FAST, Grid, Problem, answer, candidates, errors, versions
+from solvers.grids import usual
 from solvers.methods import METHODS
 
 T = TypeVar("T")
@@ -165,7 +166,7 @@ def compare(
     key = picked("--error", error, {"median": "median_error", "rms": "error"})
     asked = named_grid(grid)
     problem = load(model, schedule, samples, seed)
-    spacing = asked or usual_grid(problem.schedule)
+    spacing = asked or usual(problem.schedule)
     plans, reasons = candidates(names, problem, spacing, budgets)
     if not plans and reasons:
         raise ValueError(
@@ -239,7 +240,7 @@ def sample(
     method = picked("--solver", solver, METHODS)
     asked = named_grid(grid)
     problem = load(model, schedule, samples, seed)
-    spacing = asked or usual_grid(problem.schedule)
+    spacing = asked or usual(problem.schedule)
     plan = method.build(problem.schedule, spacing(problem.schedule, steps))
     out.mkdir(parents=True, exist_ok=True)
     x = sv.run(plan, problem.model, problem.x, progress=not quiet).cpu()
@@ -324,7 +325,7 @@ def plan(
     """
     build = picked("--method", method, METHODS).build
     noise = picked("--schedule", schedule or "vp", SCHEDULES)
-    spacing = named_grid(grid) or usual_grid(noise)
+    spacing = named_grid(grid) or usual(noise)
     table = build(noise, spacing(noise, steps))
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -49,14 +49,6 @@ class Answer(NamedTuple):
     name: str
 
 
-def usual_grid(schedule: sv.Schedule) -> Grid:
-    """The grid that `sv.sample` takes if it is given none."""
-    if isinstance(schedule, sv.Discrete):
-        return sv.trailing
-    ends = schedule.half_logsnr(torch.tensor([schedule.start, schedule.stop], dtype=torch.float64))
-    return sv.logsnr if ends.isfinite().all() else sv.uniform
-
-
 def within(name: str, schedule: sv.Schedule, grid: Grid, calls: int) -> sv.Plan | None:
     """The plan of most steps that makes at most so many calls; None where one step makes more."""
     if name == FAST:

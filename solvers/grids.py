@@ -1,11 +1,11 @@
 """Grids: where a sampler stands. (schedule, steps, *, start, stop) -> times [steps + 1], from noise to data.
 
-Times decrease, the ends are the schedule's own unless given (the discrete spacings end at clean data, t = 0) and are hit exactly, and half log-SNR increases strictly:
-`given` checks it, for every grid here and for any list of times of your own.
+Times decrease, the ends are the schedule's own unless given (the discrete spacings end at clean data, t = 0) and are
+hit exactly, and half log-SNR increases strictly: `given` checks it, for every grid here and for any list of your own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,6 +91,14 @@ def trailing(schedule: Discrete, steps: int, *, start: float | None = None, stop
     return _on_levels(
         schedule, _level_line(first * schedule.levels, last * schedule.levels, steps)[:-1], (first, last)
     )
+
+
+def usual(schedule: Schedule) -> Callable[..., Tensor]:
+    """The grid to take if none is given: trailing on discrete levels, else logsnr, or uniform where an end has infinite log-SNR."""
+    if isinstance(schedule, Discrete):
+        return trailing
+    ends = torch.tensor([schedule.start, schedule.stop], dtype=torch.float64, device="cpu")
+    return logsnr if schedule.half_logsnr(ends).isfinite().all() else uniform
 
 
 def snap(schedule: Discrete, times: Tensor) -> Tensor:

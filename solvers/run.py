@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from solvers.discrete import Discrete
-from solvers.grids import logsnr, trailing, uniform
+from solvers.grids import usual
 from solvers.methods.multistep import dpm_solver_pp
 from solvers.noise import PerSample, Source, as_source
 from solvers.plan import Plan
@@ -154,7 +154,7 @@ def sample(
         steps: grid steps; with the default method as many calls.
         method: (schedule, times) -> Plan; options are bound by functools.partial(sv.ddim, eta=1.0).
         grid: (schedule, steps) -> times; by default `trailing` for a Discrete schedule, else `logsnr`, or `uniform` where an
-            end has infinite log-SNR.
+            end has infinite log-SNR (`solvers.grids.usual`).
         noise: as for `run`.
         progress: show a progress bar.
 
@@ -174,15 +174,7 @@ def sample(
             "a Discrete schedule needs to know what the network reads: Model(net, label=schedule.step) for whole step numbers, "
             "schedule.label if it takes fractions, or lambda t: t"
         )
-    if grid is None and isinstance(schedule, Discrete):
-        times = trailing(schedule, steps)
-    elif grid is None:
-        ends = schedule.half_logsnr(
-            torch.tensor([schedule.start, schedule.stop], dtype=torch.float64, device="cpu")
-        )
-        times = (logsnr if ends.isfinite().all() else uniform)(schedule, steps)
-    else:
-        times = grid(schedule, steps)
+    times = (grid or usual(schedule))(schedule, steps)
     return run(method(schedule, times), model, x, noise, progress=progress)
 
 

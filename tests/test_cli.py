@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import solvers as sv
 from reference import digits
 from solvers import __main__, cli, comparison, figures
+from solvers.grids import usual
 from solvers.methods import METHODS, Method
 
 MINE = """
@@ -194,7 +195,7 @@ def test_a_solver_that_cannot_stand_on_the_grid_is_left_out(grid, tmp_path):
 
 def test_the_default_grid_is_that_of_sample(mine):
     for schedule in (sv.VP(), sv.EDM(), sv.Flow(), sv.Discrete.linear(20)):
-        times = comparison.usual_grid(schedule)(schedule, 4)
+        times = usual(schedule)(schedule, 4)
         seen = []
         model = sv.Model(
             lambda x, t, seen=seen: seen.append(t[0].item()) or x, predicts="data", label=lambda t: t
