@@ -2,14 +2,28 @@
 
 from solvers import noise
 from solvers.discrete import Discrete
-from solvers.grids import given, karras, leading, linspace, logsnr, quadratic, snap, trailing, uniform
-from solvers.methods.multistep import ddim, dpm_solver_multistep, dpm_solver_pp, exponential_adams
-from solvers.methods.singlestep import dpm_solver, dpm_solver_fast
+from solvers.grids import given, karras, leading, linspace, logsnr, power, quadratic, snap, trailing, uniform
+from solvers.methods import tableaux
+from solvers.methods.belm import obelm
+from solvers.methods.multistep import (
+    ddim,
+    deis,
+    dpm_solver_multistep,
+    dpm_solver_pp,
+    exponential_adams,
+    ipndm,
+    ipndm_v,
+    lms,
+    pndm,
+)
+from solvers.methods.singlestep import dpm_solver, dpm_solver_fast, exponential_rk, heun
+from solvers.methods.statistics import Statistics, dpm_solver_v3, estimate_statistics, gaussian_statistics
+from solvers.methods.unipc import corrected, unipc
 from solvers.noise import noised
 from solvers.plan import Plan, fold
 from solvers.predictions import Model, convert
 from solvers.run import NonFiniteError, State, run, sample, trajectory
-from solvers.schedules import EDM, VE, VP, Cosine, Flow, LogSNR, Schedule, SubVP
+from solvers.schedules import EDM, VE, VP, Cosine, Flow, Inversion, LogSNR, Schedule, SubVP
 
 __all__ = [
     "EDM",
@@ -18,33 +32,50 @@ __all__ = [
     "Cosine",
     "Discrete",
     "Flow",
+    "Inversion",
     "LogSNR",
     "Model",
     "NonFiniteError",
     "Plan",
     "Schedule",
     "State",
+    "Statistics",
     "SubVP",
     "convert",
+    "corrected",
     "ddim",
+    "deis",
     "dpm_solver",
     "dpm_solver_fast",
     "dpm_solver_multistep",
     "dpm_solver_pp",
+    "dpm_solver_v3",
+    "estimate_statistics",
     "exponential_adams",
+    "exponential_rk",
     "fold",
+    "gaussian_statistics",
     "given",
+    "heun",
+    "ipndm",
+    "ipndm_v",
     "karras",
     "leading",
     "linspace",
+    "lms",
     "logsnr",
     "noise",
     "noised",
+    "obelm",
+    "pndm",
+    "power",
     "quadratic",
     "run",
     "sample",
     "snap",
+    "tableaux",
     "trailing",
     "trajectory",
     "uniform",
+    "unipc",
 ]

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import solvers as sv
 from solvers.methods import METHODS
-from solvers.predictions import as_model
+from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
-from solvers.run import AnyModel
 
 Grid = Callable[..., Tensor]  # (schedule, steps) -> times
 

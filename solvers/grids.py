@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from solvers.arguments import number, numbers, whole
+from solvers.arguments import number, numbers, positive, whole
 from solvers.discrete import Discrete
 from solvers.schedules import Schedule
 
@@ -26,14 +26,29 @@ def uniform(
     schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None
 ) -> Tensor:
     """Uniform in t: times [steps + 1], float64."""
-    return _power(schedule, steps, start, stop, power=1)
+    return power(schedule, steps, start=start, stop=stop, exponent=1)
 
 
 def quadratic(
     schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None
 ) -> Tensor:
     """Uniform in sqrt(t), denser near the data: times [steps + 1], float64."""
-    return _power(schedule, steps, start, stop, power=2)
+    return power(schedule, steps, start=start, stop=stop, exponent=2)
+
+
+def power(
+    schedule: Schedule,
+    steps: int,
+    *,
+    start: float | None = None,
+    stop: float | None = None,
+    exponent: float = 3.0,
+) -> Tensor:
+    """Uniform in t^(1/exponent): 1 is `uniform`, 2 `quadratic`, more is denser near the data. Times [steps + 1], float64."""
+    positive(exponent=exponent)
+    ends = _ends(schedule, steps, start, stop)
+    root = _line(ends[0] ** (1 / exponent), ends[1] ** (1 / exponent), steps)
+    return _between(schedule, root**exponent, ends)
 
 
 def logsnr(
@@ -119,8 +134,8 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
 
     Raises:
         TypeError: not a sequence of real numbers, or in half precision and so rounded already.
-        ValueError: fewer than two, not finite, not strictly decreasing, outside the schedule, or half log-SNR not
-            strictly increasing.
+        ValueError: fewer than two, not finite, not strictly decreasing (increasing on an `Inversion`), outside the schedule, or
+            half log-SNR not strictly changing the other way.
     """
     times = numbers("times", times)
     if times.ndim != 1 or times.numel() < 2:
@@ -130,14 +145,22 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
     if not times.isfinite().all():
         i = int((~times.isfinite()).nonzero()[0])
         raise ValueError(f"times[{i}] = {times[i]:g}: every time must be finite")
-    if not (times.diff() < 0).all():
-        if (times.diff() > 0).all():
-            raise ValueError(
-                f"times must decrease from noise to data: times[0] = {times[0]:g} is followed by {times[1]:g}; flip it: times.flip(0)"
+    rises = _rises(schedule)
+    steps = -times.diff() if rises else times.diff()
+    if not (steps < 0).all():
+        if (steps > 0).all():
+            way, other = (
+                ("increase from data to noise", "schedule.schedule")
+                if rises
+                else ("decrease from noise to data", "sv.Inversion(schedule)")
             )
-        i = int((times.diff() >= 0).nonzero()[0])
+            raise ValueError(
+                f"times must {way}: times[0] = {times[0]:g} is followed by {times[1]:g}; flip it: times.flip(0); or, to go the "
+                f"other way, build on {other}"
+            )
+        i = int((steps >= 0).nonzero()[0])
         raise ValueError(
-            f"times must strictly decrease: times[{i}] = {times[i]:g} is followed by {times[i + 1]:g}"
+            f"times must strictly {'increase' if rises else 'decrease'}: times[{i}] = {times[i]:g} is followed by {times[i + 1]:g}"
         )
     lam = schedule.half_logsnr(times)
     if lam.isnan().any():
@@ -146,11 +169,11 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
             f"times[{i}] = {times[i]:g} is outside the schedule: its half log-SNR is not a number"
         )
     resolution = ULPS * torch.finfo(torch.float64).eps * lam.abs().nan_to_num(posinf=0.0).clamp(min=1.0)
-    close = ~(lam.diff() > torch.maximum(resolution[:-1], resolution[1:]))
+    close = ~((-lam.diff() if rises else lam.diff()) > torch.maximum(resolution[:-1], resolution[1:]))
     if close.any():
         i = int(close.nonzero()[0])
         raise ValueError(
-            f"half log-SNR must increase by more than rounding at every step: times[{i}] = {times[i]:.17g} and times[{i + 1}] = "
+            f"half log-SNR must {'decrease' if rises else 'increase'} by more than rounding at every step: times[{i}] = {times[i]:.17g} and times[{i + 1}] = "
             f"{times[i + 1]:.17g} have {lam[i]:.17g} and {lam[i + 1]:.17g}"
         )
     return times
@@ -168,11 +191,20 @@ def _ends(schedule: Schedule, steps: int, start: float | None, stop: float | Non
     whole("steps", steps, 1, MAX_STEPS, example=20)
     first = schedule.start if start is None else number("start", start)
     last = schedule.stop if stop is None else number("stop", stop)
-    if not (math.isfinite(first) and math.isfinite(last) and 0 <= last < first):
-        raise ValueError(
-            f"start = {first:g}, stop = {last:g}: expected 0 <= stop < start; start is noise, stop is data"
+    low, high = (first, last) if _rises(schedule) else (last, first)
+    if not (math.isfinite(first) and math.isfinite(last) and 0 <= low < high):
+        expected = (
+            "0 <= start < stop; start is data"
+            if _rises(schedule)
+            else "0 <= stop < start; start is noise, stop is data"
         )
+        raise ValueError(f"start = {first:g}, stop = {last:g}: expected {expected}")
     return first, last
+
+
+def _rises(schedule: Schedule) -> bool:
+    """Whether the schedule is walked from data to noise, as an Inversion is."""
+    return schedule.start < schedule.stop
 
 
 def _line(first: float, last: float, steps: int) -> Tensor:
@@ -189,12 +221,6 @@ def _between(schedule: Schedule, times: Tensor, ends: tuple[float, float]) -> Te
     """The grid with its ends set exactly, checked."""
     times[0], times[-1] = ends
     return given(schedule, times)
-
-
-def _power(schedule: Schedule, steps: int, start: float | None, stop: float | None, power: int) -> Tensor:
-    ends = _ends(schedule, steps, start, stop)
-    root = _line(ends[0] ** (1 / power), ends[1] ** (1 / power), steps)
-    return _between(schedule, root**power, ends)
 
 
 def _finite_half_logsnr(schedule: Schedule, ends: tuple[float, float]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from solvers.schedules import Schedule, float64
 
 # (number of the draw, a tensor like it) -> standard normals of that shape
 Source = Callable[[int, Tensor], Tensor]
+Noise = Source | torch.Generator | int  # what a user may give
 STEPS, START = 0, 1  # independent streams of one sample
 
 
@@ -99,7 +100,7 @@ def noised(x0: Tensor, schedule: Schedule, t: Tensor | float, noise: Tensor) -> 
     return alpha * x0 + sigma * noise
 
 
-def as_source(noise: "Source | torch.Generator | int", batch: int) -> Source:
+def as_source(noise: Noise, batch: int) -> Source:
     """A noise source as it is, a torch.Generator, or a seed: samples 0 .. batch - 1 of that seed."""
     if isinstance(noise, torch.Generator):
         return lambda draw, like: torch.randn(

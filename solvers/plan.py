@@ -9,40 +9,48 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from solvers.arguments import choice
+from solvers.arguments import choice, number
 from solvers.predictions import mixture
 
-FORMS = ("noise", "data", "velocity")
+FORMS = ("noise", "data", "velocity", "mixture")
 CONSISTENCY = 1e-10  # of the largest term; a table computed in float64 keeps about 1e-15
 FORMAT = "diffusion-solvers plan 1"
 MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 10**5, 64, 2**28
 
 
-def _no_draws() -> Tensor:
-    return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A sampler as data. Row i is one network call and one linear combination:
 
-        m_i = model(x, times[i]);   x <- a_i x + sum_j b_ij m_{i-j} + sum_k c_ik z_{i-k}
+        m_i = model(x, times[i]);   x <- a_i x + sum_j b_ij m_{i-j} + sum_k c_ik z_{i-k} + shift_i
 
     Every array is float64 on the host. Made by a method, `(schedule, times, **options) -> Plan`, and executed by `run`.
+    Coefficients may differ from element to element of x: then a, b, mix and shift have its dimensions (*D) behind their own.
 
     Attributes:
         times: [N+1]; call i happens at times[i], x ends at times[N].
         alpha: [N+1]; weight of the data at each time.
         sigma: [N+1]; weight of the noise at each time.
-        a: [N]; weight of x.
-        b: [N, K]; column j weighs the output of call i - j, in the form that `predicts` names.
+        a: [N, *D]; weight of x.
+        b: [N, K, *D]; column j weighs the output of call i - j, in the form that `predicts` names.
         c: [N, L]; column k weighs the standard normal draw i - k; L = 0 (the default) for an ODE method.
-        predicts: "noise" | "data" | "velocity".
+        predicts: "noise" eps | "data" x_0 | "velocity" scale alpha eps - sigma x_0 / scale | "mixture", as `mix` says.
+        scale: of "velocity": 1 for alpha eps - sigma x_0, the data's standard deviation for (a multiple of) EDM's F.
+        mix: [N, 2, *D]; for "mixture" alone, the weights (p, q) of data and noise in the output p x_0 + q eps of each call.
+        shift: [N, *D]; a constant added by each row; empty (the default) for none.
+        turns: how many steps of `times` go against the way from first to last, declared so that a slip is refused: tableaux
+            with a stage behind their last have one in each step.
 
     Raises:
         TypeError: a field is not a float64 tensor on the host.
         ValueError: shapes do not fit, a value is not finite, times turn back, a row reads a call before the first, or a
-            row is not consistent: on data concentrated in one point it would not carry alpha, sigma from level to level.
+            row is not consistent: in noise and data form, it would not carry alpha and sigma from level to level on data
+            concentrated in one point; in velocity form, not where the velocity is 0 or in proportion to
+            sqrt(scale^2 alpha^2 + sigma^2). A mixture has no such check, nor has a row with a shift.
     """
 
     times: Tensor
@@ -50,10 +58,15 @@ class Plan:
     sigma: Tensor
     a: Tensor
     b: Tensor
-    c: Tensor = field(default_factory=_no_draws)
+    c: Tensor = field(default_factory=_none)
     predicts: str = "data"
+    scale: float = 1.0
+    mix: Tensor = field(default_factory=_none)
+    shift: Tensor = field(default_factory=_none)
+    turns: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", number("scale", self.scale))
         self._check_types()
         if self.c.numel() == 0:
             object.__setattr__(self, "c", self.a.new_zeros(len(self.a), 0))
@@ -79,23 +92,34 @@ class Plan:
         return bool((self.c != 0).any())
 
     @property
+    def element_shape(self) -> tuple[int, ...]:
+        """The dimensions of x in which coefficients differ, (*D); () for coefficients that are numbers."""
+        return tuple(self.a.shape[1:])
+
+    @property
     def half_logsnr(self) -> Tensor:
         """log(alpha / sigma) at each time, [N+1]."""
         return torch.log(self.alpha) - torch.log(self.sigma)
 
+    def mixture(self) -> tuple[Tensor, Tensor]:
+        """The weights (p, q) of data and noise in the outputs that b weighs, each [N] or [N, *D]."""
+        if self.predicts == "mixture":
+            return self.mix[:, 0], self.mix[:, 1]
+        return mixture(self.predicts, self.alpha[:-1], self.sigma[:-1], scale=self.scale)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        return self.predicts == other.predicts and all(
+        return self._form() == other._form() and all(
             torch.equal(mine, theirs) for mine, theirs in zip(self._arrays(), other._arrays(), strict=True)
         )
 
     def __hash__(self) -> int:
-        return hash((self.predicts, *((array.detach() + 0.0).numpy().tobytes() for array in self._arrays())))
+        return hash((self._form(), *((array.detach() + 0.0).numpy().tobytes() for array in self._arrays())))
 
     def allclose(self, other: "Plan", rtol: float = 1e-12, atol: float = 1e-12) -> bool:
         """Whether both have the same form and shapes, and arrays equal within the tolerances."""
-        return self.predicts == other.predicts and all(
+        return self._form() == other._form() and all(
             mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=rtol, atol=atol)
             for mine, theirs in zip(self._arrays(), other._arrays(), strict=True)
         )
@@ -114,7 +138,7 @@ class Plan:
             raise ValueError(f"plan[{first}:{last}] has no rows: expected 0 <= first < last <= {self.nfe}")
         for name, array in (("call", self.b), ("draw", self.c)):
             row, column = _positions(last - first, array.shape[1])
-            early = (array[first:last] != 0) & (column > row)
+            early = nonzero(array[first:last]) & (column > row)
             if early.any():
                 i, j = (int(v) for v in early.nonzero()[0])
                 raise ValueError(
@@ -123,9 +147,10 @@ class Plan:
                 )
         span = slice(first, last + 1)
         b, c = (array[first:last, : last - first] for array in (self.b, self.c))
-        return Plan(
-            self.times[span], self.alpha[span], self.sigma[span], self.a[first:last], b, c, self.predicts
-        )
+        levels = (self.times[span], self.alpha[span], self.sigma[span])
+        mix, shift = self.mix[first:last], self.shift[first:last]
+        turns = _turns(self.times[span])
+        return Plan(*levels, self.a[first:last], b, c, self.predicts, self.scale, mix, shift, turns)
 
     def __add__(self, other: "Plan") -> "Plan":
         """This plan and then the other, which starts where this one ends.
@@ -142,29 +167,34 @@ class Plan:
             raise ValueError(
                 f"plans do not meet: one ends at (t, alpha, sigma) = {mine}, the next starts at {theirs}"
             )
-        if self.predicts != other.predicts:
-            raise ValueError(
-                f"plans of different forms cannot be joined: {self.predicts!r} and {other.predicts!r}"
-            )
+        if self._form() != other._form():
+            raise ValueError(f"plans of different forms cannot be joined: {self._form()} and {other._form()}")
+        if bool(self.shift.numel()) != bool(other.shift.numel()):
+            raise ValueError("a plan with a shift and one without cannot be joined: give both one, of zeros")
 
         times, alpha, sigma = (
             torch.cat([getattr(self, n), getattr(other, n)[1:]]) for n in ("times", "alpha", "sigma")
         )
-        a = torch.cat([self.a, other.a])
-        return Plan(times, alpha, sigma, a, stacked(self.b, other.b), stacked(self.c, other.c), self.predicts)
+        a, mix, shift = (torch.cat([getattr(self, n), getattr(other, n)]) for n in ("a", "mix", "shift"))
+        b, c = stacked(self.b, other.b), stacked(self.c, other.c)
+        return Plan(times, alpha, sigma, a, b, c, self.predicts, self.scale, mix, shift, _turns(times))
 
     def __str__(self) -> str:
         kind = "stochastic" if self.is_stochastic else "deterministic"
-        title = f"{self.nfe} calls, {self.predicts} form, window {self.window}, {kind}"
-        symbol = {"noise": "eps", "data": "x0", "velocity": "v"}[self.predicts]
+        scale = f" (scale {self.scale:g})" if self.scale != 1 else ""
+        title = f"{self.nfe} calls, {self.predicts} form{scale}, window {self.window}, {kind}"
+        if self.element_shape:
+            title += f", per element {list(self.element_shape)}: their means"
+        symbol = {"noise": "eps", "data": "x0", "velocity": "v", "mixture": "m"}[self.predicts]
         heads = ["call", "t", "half_logsnr", "x"]
         heads += [symbol if j == 0 else f"{symbol}[-{j}]" for j in range(self.window)]
         heads += ["z" if k == 0 else f"z[-{k}]" for k in range(self.c.shape[1])]
+        heads += ["1"] if self.shift.numel() else []
         lam = self.half_logsnr
-        lines = [
-            [str(i)] + [f"{v:.6g}" for v in (self.times[i], lam[i], self.a[i], *self.b[i], *self.c[i])]
-            for i in range(self.nfe)
-        ]
+        columns = [self.times[:-1, None], lam[:-1, None], self.a[:, None], self.b, self.c]
+        columns += [self.shift[:, None]] if self.shift.numel() else []
+        table = torch.cat([v.flatten(2).mean(2) if v.ndim > 2 else v for v in columns], 1)
+        lines = [[str(i)] + [f"{v:.6g}" for v in row] for i, row in enumerate(table)]
         lines.append(["end", f"{self.times[-1]:.6g}", f"{lam[-1]:.6g}"] + [""] * (len(heads) - 3))
         widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
         rows = [
@@ -177,14 +207,26 @@ class Plan:
         """The plan as JSON text: shortest decimals that read back to the same float64, so the round trip is exact.
 
         Raises:
-            ValueError: more rows or columns than `from_json` would read.
+            ValueError: more rows or columns than `from_json` would read, or not a plan of numbers alone: a mixture, a shift, or
+                coefficients per element are made again from what they were made of.
         """
+        if self.predicts == "mixture" or self.shift.numel() or self.element_shape:
+            raise ValueError(
+                f"a plan in {self.predicts} form, per element {list(self.element_shape)}, is not saved as text: save the "
+                "statistics that it is built from (Statistics.save) and build it again"
+            )
         if self.nfe > MAX_ROWS or max(self.b.shape[1], self.c.shape[1]) > MAX_COLUMNS:
             raise ValueError(
                 f"a plan of {self.nfe} rows, {self.window} columns: at most {MAX_ROWS} and {MAX_COLUMNS} are saved"
             )
-        arrays = {name: array.tolist() for name, array in zip(_ARRAYS, self._arrays(), strict=True)}
-        body = {"format": FORMAT, "predicts": self.predicts, **arrays}
+        arrays = {name: getattr(self, name).tolist() for name in _SAVED}
+        body = {
+            "format": FORMAT,
+            "predicts": self.predicts,
+            "scale": self.scale,
+            "turns": self.turns,
+            **arrays,
+        }
         return json.dumps(body, allow_nan=False, separators=(",", ":")) + "\n"
 
     @staticmethod
@@ -202,7 +244,7 @@ class Plan:
             body = json.loads(text, object_pairs_hook=_unique, parse_int=float, parse_constant=_refuse)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not a plan: {str(error)[:200]}") from error
-        expected = {"format", "predicts", *_ARRAYS}
+        expected = {"format", "predicts", "scale", "turns", *_SAVED}
         if not isinstance(body, dict) or set(body) != expected:
             odd = sorted(set(body) ^ expected)[:5] if isinstance(body, dict) else type(body).__name__
             raise ValueError(
@@ -210,7 +252,7 @@ class Plan:
             )
         if body["format"] != FORMAT:
             raise ValueError(f"format = {body['format']!r:.100}: expected {FORMAT!r}")
-        choice("predicts", body["predicts"], FORMS)
+        choice("predicts", body["predicts"], FORMS[:-1])
         rows = len(body["a"]) if isinstance(body["a"], list) else 0
         if not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"a has {rows} entries: expected a list of 1 to {MAX_ROWS} numbers")
@@ -218,8 +260,13 @@ class Plan:
             _numbers(name, body[name], rows if name == "a" else rows + 1)
         for name in ("b", "c"):
             _table(name, body[name], rows)
-        arrays = {name: torch.tensor(body[name], dtype=torch.float64, device="cpu") for name in _ARRAYS}
-        return Plan(**arrays, predicts=body["predicts"])
+        arrays = {name: torch.tensor(body[name], dtype=torch.float64, device="cpu") for name in _SAVED}
+        turns, scale = body["turns"], body["scale"]
+        if not isinstance(scale, float):
+            raise ValueError(f"scale = {scale!r:.100}: expected a number")
+        if not (isinstance(turns, float) and 0 <= turns <= rows and turns.is_integer()):
+            raise ValueError(f"turns = {turns!r:.100}: expected a whole number from 0 to {rows}")
+        return Plan(**arrays, predicts=body["predicts"], scale=scale, turns=int(turns))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` to a file, which is whole or not there at all."""
@@ -249,16 +296,23 @@ class Plan:
     def _arrays(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in _ARRAYS)
 
+    def _form(self) -> tuple[str, float]:
+        return self.predicts, self.scale
+
     def _check_types(self) -> None:
         choice("predicts", self.predicts, FORMS)
+        if not 0 < self.scale < math.inf or (self.scale != 1 and self.predicts != "velocity"):
+            raise ValueError(
+                f"scale = {self.scale:g} with predicts = {self.predicts!r}: expected a finite number above 0, and 1 for all but velocity"
+            )
         for name, array in zip(_ARRAYS, self._arrays(), strict=True):
             if not isinstance(array, Tensor) or array.dtype != torch.float64 or array.device.type != "cpu":
                 kind = (
                     f"{array.dtype} on {array.device}" if isinstance(array, Tensor) else type(array).__name__
                 )
                 raise TypeError(f"{name} is {kind}: expected a float64 tensor on the CPU")
-        if self.a.ndim != 1 or len(self.a) < 1:
-            raise ValueError(f"a has shape {list(self.a.shape)}: expected [N] with at least one row")
+        if self.a.ndim < 1 or len(self.a) < 1:
+            raise ValueError(f"a has shape {list(self.a.shape)}: expected [N, *D] with at least one row")
 
     def _check_shapes(self) -> None:
         rows = len(self.a)
@@ -267,10 +321,21 @@ class Plan:
                 shape = list(getattr(self, name).shape)
                 raise ValueError(f"{name} has shape {shape}: expected {[rows + 1]}, as a has {rows} rows")
         for name, least in (("b", 1), ("c", 0)):
-            array = getattr(self, name)
-            if array.ndim != 2 or len(array) != rows or array.shape[1] < least:
+            array, rest = getattr(self, name), self.element_shape if name == "b" else ()
+            if array.ndim < 2 or (len(array), *array.shape[2:]) != (rows, *rest) or array.shape[1] < least:
+                expected = ", ".join(map(str, (rows, "columns", *rest)))
                 raise ValueError(
-                    f"{name} has shape {list(array.shape)}: expected [{rows}, columns], as a has {rows} rows"
+                    f"{name} has shape {list(array.shape)}: expected [{expected}], as a has {rows} rows"
+                )
+        if (self.predicts == "mixture") != bool(self.mix.numel()):
+            raise ValueError(
+                f"mix has shape {list(self.mix.shape)}: expected weights with predicts = 'mixture', and with it alone"
+            )
+        for name, shape in (("mix", [rows, 2]), ("shift", [rows])):
+            array, expected = getattr(self, name), [*shape, *self.element_shape]
+            if array.numel() and list(array.shape) != expected:
+                raise ValueError(
+                    f"{name} has shape {list(array.shape)}: expected {expected}, as a has {rows} rows"
                 )
 
     def _check_values(self) -> None:
@@ -282,43 +347,56 @@ class Plan:
                 raise ValueError(
                     f"{name}{where} = {value:g}: every entry must be finite, of alpha and sigma not negative"
                 )
-        steps = self.times.diff()
-        if not ((steps <= 0).all() or (steps >= 0).all()):
-            i = int((steps > 0).nonzero()[0])
+        if _turns(self.times) > self.turns:
+            i = int((self.times.diff() > 0).nonzero()[0])
             raise ValueError(
                 f"times must not turn back: times[{i}] = {self.times[i]:g} is followed by {self.times[i + 1]:g}"
             )
 
     def _check_reach(self, name: str, array: Tensor) -> None:
-        row, column = _positions(*array.shape)
-        early = (array != 0) & (column > row)
+        row, column = _positions(*array.shape[:2])
+        early = nonzero(array) & (column > row)
         if early.any():
             i, j = (int(v) for v in early.nonzero()[0])
             raise ValueError(f"{name}[{i}, {j}] reads {j} rows back, before the first row")
 
     def _check_consistency(self) -> None:
-        """Where x_0 and eps are constant: a_i alpha_i + sum_j b_ij p_{i-j} = alpha_{i+1}; for an ODE likewise sigma and q."""
-        p, q = mixture(self.predicts, self.alpha, self.sigma)
+        """What each row must solve exactly: a_i level_i + sum_j b_ij weight_{i-j} = level_{i+1} for (level, weight).
+
+        Where x_0 and eps are constant: (alpha, p) and, for an ODE, (sigma, q). In velocity form, with
+        n = sqrt(scale^2 alpha^2 + sigma^2) and theta = arctan(sigma / (scale alpha)): that, or (n, 0) and (n theta, n).
+        """
+        if self.predicts == "mixture" or self.shift.numel() or self.element_shape:
+            return
+        p, q = mixture(self.predicts, self.alpha, self.sigma, scale=self.scale)
+        name, shown, expected, gap = self._defect(("alpha", self.alpha, p), ("sigma", self.sigma, q))
+        if self.predicts == "velocity":
+            norm = torch.hypot(self.scale * self.alpha, self.sigma)
+            angle = torch.atan2(self.sigma, self.scale * self.alpha)
+            gap &= self._defect(("n", norm, 0 * norm), ("n theta", norm * angle, norm))[-1]
+        if gap.any():
+            i = int(gap.nonzero()[0])
+            raise ValueError(
+                f"row {i} is not consistent: it carries {name[i]} to {shown[i]:.12g}, expected {name[i]}[{i + 1}] = "
+                f"{expected[i]:.12g}"
+            )
+
+    def _defect(self, *parts: tuple[str, Tensor, Tensor]) -> tuple[list[str], Tensor, Tensor, Tensor]:
+        """The worse of a row's parts by (name, value, expected value), and whether it is off, each [N]."""
         row, column = _positions(self.nfe, self.window)
         call = (row - column).clamp(min=0)
-        parts = (
-            [("alpha", self.alpha, p)]
-            if self.is_stochastic
-            else [("alpha", self.alpha, p), ("sigma", self.sigma, q)]
-        )
-        for name, level, weight in parts:
-            terms = torch.cat([(self.a * level[:-1])[:, None], self.b * weight[call]], 1)
-            size = torch.maximum(terms.abs().amax(1), level[1:])
-            gap = (terms.sum(1) - level[1:]).abs()
-            if (gap > CONSISTENCY * size).any():
-                i = int((gap > CONSISTENCY * size).nonzero()[0])
-                raise ValueError(
-                    f"row {i} is not consistent: it carries {name} to {terms[i].sum():.12g}, expected {name}[{i + 1}] = "
-                    f"{level[i + 1]:.12g}"
-                )
+        used = parts[: 1 if self.is_stochastic else 2]
+        terms = [torch.cat([(self.a * level[:-1])[:, None], self.b * w[call]], 1) for _, level, w in used]
+        values, expected = torch.stack([v.sum(1) for v in terms]), torch.stack([v[1:] for _, v, _ in used])
+        size = torch.maximum(torch.stack([v.abs().amax(1) for v in terms]), expected.abs())
+        gaps = (values - expected).abs() / size.clamp_min(torch.finfo(torch.float64).tiny)
+        worst = gaps.argmax(0)
+        pick = worst, torch.arange(self.nfe, device="cpu")
+        return [used[i][0] for i in worst.tolist()], values[pick], expected[pick], gaps[pick] > CONSISTENCY
 
 
-_ARRAYS = tuple(f.name for f in fields(Plan) if f.name != "predicts")
+_ARRAYS = tuple(f.name for f in fields(Plan) if f.name not in ("predicts", "scale", "turns"))
+_SAVED = _ARRAYS[:6]  # all but mix and shift
 
 
 def fold(x_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,7 +424,20 @@ def fold(x_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 def stacked(top: Tensor, bottom: Tensor) -> Tensor:
     """The columns of two runs of rows, [N1, K1] over [N2, K2], padded with zeros to [N1 + N2, max(K1, K2)]."""
     width = max(top.shape[1], bottom.shape[1])
-    return torch.cat([torch.nn.functional.pad(v, (0, width - v.shape[1])) for v in (top, bottom)])
+    return torch.cat(
+        [torch.cat([v, v.new_zeros(len(v), width - v.shape[1], *v.shape[2:])], 1) for v in (top, bottom)]
+    )
+
+
+def nonzero(table: Tensor) -> Tensor:
+    """Which entries of [N, K, *D] are not 0 for some element, [N, K]."""
+    return (table != 0).flatten(2).any(2) if table.ndim > 2 else table != 0
+
+
+def _turns(times: Tensor) -> int:
+    """How many steps go against the way from the first time to the last."""
+    steps = times.diff()
+    return int((steps > 0).sum() if times[-1] <= times[0] else (steps < 0).sum())
 
 
 def _positions(rows: int, columns: int) -> tuple[Tensor, Tensor]:

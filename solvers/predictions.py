@@ -79,13 +79,20 @@ class Model:
         return torch.ones_like(alpha)
 
 
-def as_model(model: "Model | Callable[[Tensor, Tensor], Tensor]") -> Model:
+AnyModel = Model | Callable[[Tensor, Tensor], Tensor]
+
+
+def as_model(model: AnyModel) -> Model:
     """The model as it is, or a bare callable declared to be a noise prediction."""
     return model if isinstance(model, Model) else Model(model)
 
 
-def mixture(predicts: str, alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+def mixture(
+    predicts: str, alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The weights (p, q) of m = p x_0 + q eps for every prediction but "flow", which needs the path's derivative.
+
+    `scale` is that of a plan in velocity form, 1 for a network's velocity.
 
     Source: "edm" is eq. 7 of Karras et al. 2022 (arXiv 2206.00364) solved for F, with x = alpha y; "velocity" is
     appendix D of Salimans & Ho 2022 (arXiv 2202.00512).
@@ -97,7 +104,7 @@ def mixture(predicts: str, alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5
     return {
         "noise": (zero, one),
         "data": (one, zero),
-        "velocity": (-sigma, alpha),
+        "velocity": (-sigma / scale, scale * alpha),
         "score": (zero, -1 / sigma),
     }[predicts]
 
@@ -166,6 +173,26 @@ def convert(
             f"a {have} prediction does not determine {want} at alpha = {alpha:g}, sigma = {sigma:g}"
         )
     return float(from_x) * x + float(from_m) * m
+
+
+def predictor(model: AnyModel, schedule: Schedule, want: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model's prediction turned into another, as a function (x [B, ...], t float64 []) -> [B, ...] that gradients flow through.
+
+    It raises ValueError where the level does not determine the wanted prediction.
+    """
+    model = as_model(model)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        times = t.reshape(1)
+        level = schedule.alpha(times), schedule.sigma(times)
+        from_x, from_m = conversion(model.mixture(times, *level), mixture(want, *level), *level)
+        if not (from_x.isfinite() and from_m.isfinite()):
+            raise ValueError(f"a {model.predicts} prediction does not determine {want} at t = {float(t):g}")
+        label = torch.as_tensor(times if model.label is None else model.label(times))
+        label = label.to(x.device, x.dtype if label.is_floating_point() else torch.long).expand(len(x))
+        return float(from_x) * x + float(from_m) * model.net(float(model.input_scale(*level)) * x, label)
+
+    return predict
 
 
 def _path_derivative(

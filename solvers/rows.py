@@ -6,58 +6,68 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solvers.plan import Plan
-from solvers.predictions import Model, conversion, mixture
+from solvers.plan import Plan, nonzero
+from solvers.predictions import Model, conversion
 
 ScaledAdd = tuple[Tensor, float, Tensor, float]  # (y, scale, u, weight): y <- scale y + weight u, in place
 PIECE = 2**18  # elements of a state that a CPU's cache holds several times over
 ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
-class Row(NamedTuple):
-    """One row with the conversion of the model's output folded in; every weight a host float.
+Weight = float | Tensor  # a number, or one for each element of x, [*D]
 
-    x <- x_weight x + output_weight m + sum over past + sum over draws, and, where a later row reads this call,
+
+class Row(NamedTuple):
+    """One row with the conversion of the model's output folded in; every weight a host float, or a tensor of x's kind.
+
+    x <- x_weight x + output_weight m + sum over past + shift + sum over draws, and, where a later row reads this call,
     kept = keep[0] x + keep[1] m. `swap` is the same x from kept and m, where that is as well conditioned.
     """
 
     label: float | int
     input_scale: float
-    x_weight: float
-    output_weight: float
-    past: list[tuple[int, float]]
+    x_weight: Weight
+    output_weight: Weight
+    past: list[tuple[int, Weight]]
     draws: list[tuple[int, float]]
-    keep: tuple[float, float] | None
+    keep: tuple[Weight, Weight] | None
     swap: tuple[float, float] | None
     done: list[int]
+    shift: Weight = 0.0
+    as_formula: bool = False  # weights per element, or a shift: no scaled additions
 
 
-def rows_of(plan: Plan, model: Model) -> list[Row]:
-    """Everything the loop needs, decided before the first call."""
-    calls = (plan.times[:-1], plan.alpha[:-1], plan.sigma[:-1])
-    have = model.mixture(*calls)
-    from_x, from_m = conversion(have, mixture(plan.predicts, *calls[1:]), *calls[1:])
-    undetermined = ~(from_x.isfinite() & from_m.isfinite())
-    if undetermined.any():
-        i = int(undetermined.nonzero()[0])
+def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
+    """Everything the loop needs, decided before the first call. `like` is the state, whose kind weights per element take."""
+    formula = bool(plan.element_shape or plan.shift.numel())
+    if like is not None and not _broadcasts(plan.element_shape, like.shape[1:]):
         raise ValueError(
-            f"a {model.predicts} prediction does not determine {plan.predicts} in call {i}, at t = {plan.times[i]:g} (alpha = "
-            f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow"
+            f"x has shape {list(like.shape)}: the plan's coefficients are for elements {list(plan.element_shape)}, expected "
+            f"[B, {', '.join(map(str, plan.element_shape))}]"
         )
-    b0 = plan.b[:, 0]
-    last = last_use(plan.b)
+
+    def weights(table: Tensor) -> list:
+        return list(table if like is None else table.to(like)) if formula else table.tolist()
+
+    alpha, sigma = (v[:-1].reshape(-1, *[1] * len(plan.element_shape)) for v in (plan.alpha, plan.sigma))
+    p, q = (v.reshape(alpha.shape) for v in model.mixture(plan.times[:-1], plan.alpha[:-1], plan.sigma[:-1]))
+    from_x, from_m = conversion((p, q), plan.mixture(), alpha, sigma)
+    _refuse_undetermined(plan, model, ~(from_x.isfinite() & from_m.isfinite()))
+    a, b0, last = plan.a, plan.b[:, 0], last_use(plan.b)
     # x = (kept - from_m m) / from_x is as good as x itself unless its terms outgrow it
-    swap = torch.stack([b0 + plan.a / from_x, -plan.a * from_m / from_x], 1).tolist()
-    growth = (from_m / from_x).abs() * torch.hypot(*have) / torch.hypot(*calls[1:])
-    can_swap = (growth < 4).tolist()
+    growth = (from_m / from_x).abs() * torch.hypot(p, q) / torch.hypot(alpha, sigma)
+    can_swap = [False] * plan.nfe if formula else (growth < 4).tolist()
     per_row = zip(
-        _labels(model, calls[0]),
-        model.input_scale(*calls[1:]).tolist(),
-        (plan.a + b0 * from_x).tolist(),
-        (b0 * from_m).tolist(),
-        plan.b.tolist(),
+        _labels(model, plan.times[:-1]),
+        model.input_scale(plan.alpha[:-1], plan.sigma[:-1]).tolist(),
+        weights(a + b0 * from_x),
+        weights(b0 * from_m),
+        weights(plan.b),
+        nonzero(plan.b).tolist(),
         plan.c.tolist(),
-        torch.stack([from_x, from_m], 1).tolist(),
+        weights(torch.stack([from_x, from_m], 1)),
+        weights(torch.stack([b0 + a / from_x, -a * from_m / from_x], 1)),
+        weights(plan.shift) if plan.shift.numel() else [0.0] * plan.nfe,
         strict=True,
     )
     return [
@@ -66,14 +76,31 @@ def rows_of(plan: Plan, model: Model) -> list[Row]:
             scale,
             x_weight,
             output_weight,
-            [(i - j, w) for j, w in enumerate(b) if j and w],
+            [(i - j, b[j]) for j, read in enumerate(used) if j and read],
             [(i - k, w) for k, w in enumerate(c) if w],
             (keep[0], keep[1]) if last[i] > i else None,
-            (swap[i][0], swap[i][1]) if last[i] > i and can_swap[i] else None,
+            (swap[0], swap[1]) if last[i] > i and can_swap[i] else None,
             [call for call in range(max(0, i - plan.window), i) if last[call] == i],
+            shift,
+            formula,
         )
-        for i, (label, scale, x_weight, output_weight, b, c, keep) in enumerate(per_row)
+        for i, (label, scale, x_weight, output_weight, b, used, c, keep, swap, shift) in enumerate(per_row)
     ]
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether coefficients of one shape fit elements of another without making them more."""
+    missing = len(to) - len(shape)
+    return missing >= 0 and all(size in (1, given) for size, given in zip(shape, to[missing:], strict=True))
+
+
+def _refuse_undetermined(plan: Plan, model: Model, undetermined: Tensor) -> None:
+    if undetermined.any():
+        i = int(undetermined.nonzero()[0, 0])
+        raise ValueError(
+            f"a {model.predicts} prediction does not determine {plan.predicts} in call {i}, at t = {plan.times[i]:g} (alpha = "
+            f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow"
+        )
 
 
 def _labels(model: Model, times: Tensor) -> list[float] | list[int]:
@@ -98,7 +125,7 @@ def last_use(weights: Tensor) -> list[int]:
     """For each call (or draw) the last row that reads it; -1 for none."""
     rows = len(weights)
     last = [-1] * rows
-    for row, column in (weights != 0).nonzero().tolist():
+    for row, column in nonzero(weights).nonzero().tolist():
         last[row - column] = max(last[row - column], row)
     return last
 
@@ -110,6 +137,8 @@ def combined(
     if check and not is_finite(m.detach()):
         return None
     new = row.x_weight * x + row.output_weight * m
+    if row.as_formula:
+        new = new + row.shift
     for past, weight in row.past:
         new = new + weight * outputs[past]
     if row.keep:

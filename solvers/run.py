@@ -12,14 +12,11 @@ from tqdm import tqdm
 from solvers.discrete import Discrete
 from solvers.grids import usual
 from solvers.methods.multistep import dpm_solver_pp
-from solvers.noise import PerSample, Source, as_source
+from solvers.noise import Noise, PerSample, Source, as_source
 from solvers.plan import Plan
-from solvers.predictions import Model, as_model
+from solvers.predictions import AnyModel, Model, as_model
 from solvers.rows import Row, combined, combined_in_place, is_finite, last_use, rows_of
 from solvers.schedules import Schedule
-
-AnyModel = Model | Callable[[Tensor, Tensor], Tensor]
-Noise = Source | torch.Generator | int
 
 
 class NonFiniteError(ArithmeticError):
@@ -61,6 +58,25 @@ class State:
     draws: dict[int, Tensor] = field(default_factory=dict)
     input_dtype: torch.dtype | None = None
     origin: tuple[str, float] | None = None
+
+    @staticmethod
+    def between(plan: Plan, x: Tensor, next_x: Tensor) -> "State":
+        """The state behind the first row of a plan, from the states before and behind it: the output of call 0 is what lay between.
+
+        A two-step method goes on from two states with it, and an exactly invertible one back from the last two of a run:
+        run(back, model, State.between(back, path[-1], path[-2])) gives path[0].
+
+        Args:
+            plan: one that begins with a row of one call, in numbers.
+            x: the state at plan.times[0], [B, ...], float32 or float64.
+            next_x: the state at plan.times[1].
+        """
+        if plan.element_shape or plan.shift.numel() or plan.b[0, 0] == 0:
+            raise ValueError(
+                "the first row of the plan does not show the output of its call in x: expected one of numbers"
+            )
+        output = (next_x - float(plan.a[0]) * x) / float(plan.b[0, 0])
+        return State(next_x.clone(), 1, {0: output}, origin=(plan.predicts, plan.times[1].item()))
 
     def clone(self) -> "State":
         """A copy that shares no memory."""
@@ -113,7 +129,7 @@ def run(
         raise ValueError(
             "the plan requires a gradient, but a run uses its numbers only: build it from times.detach()"
         )
-    rows = rows_of(plan, model)
+    rows = rows_of(plan, model, state.x)
     if len(state.x) == 0:
         return state.x
     if isinstance(model.net, nn.Module) and model.net.training and not grad:
@@ -199,7 +215,7 @@ def _execute(
         m = _call(plan, model, row, x, i, state.input_dtype or x.dtype, grad)
         if late:
             norms.append(_norm(m.detach()))
-        if grad:
+        if grad or row.as_formula:
             new = combined(row, x, m, outputs, i, check=not late)
         else:
             new = combined_in_place(row, x, m, outputs, i, reuse, check=not late)

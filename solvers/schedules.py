@@ -293,6 +293,42 @@ class Flow:
         return torch.sigmoid(-float64(half_logsnr) - math.log(self.shift))
 
 
+@dataclass(frozen=True)
+class Inversion:
+    """A schedule walked the other way, from data to noise: its grids increase, and deterministic plans on them encode data.
+
+    A reversed grid is one of it: sv.ddim(sv.Inversion(schedule), times.flip(0)) is DDIM inversion.
+    """
+
+    schedule: Schedule
+
+    @property
+    def start(self) -> float:
+        """Where the schedule stops: data."""
+        return self.schedule.stop
+
+    @property
+    def stop(self) -> float:
+        """Where the schedule starts: noise."""
+        return self.schedule.start
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """As of the schedule."""
+        return self.schedule.alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """As of the schedule."""
+        return self.schedule.sigma(t)
+
+    def half_logsnr(self, t: Tensor) -> Tensor:
+        """As of the schedule."""
+        return self.schedule.half_logsnr(t)
+
+    def time(self, half_logsnr: Tensor) -> Tensor:
+        """As of the schedule."""
+        return self.schedule.time(half_logsnr)
+
+
 BISECTIONS = 80  # halves [0, 1] below the spacing of float64 near any t > 1e-9
 
 

@@ -6,8 +6,22 @@ from functools import partial
 
 from torch import Tensor
 
-from solvers.methods.multistep import ddim, dpm_solver_multistep, dpm_solver_pp, exponential_adams
-from solvers.methods.singlestep import dpm_solver
+from solvers.methods import tableaux
+from solvers.methods.belm import obelm
+from solvers.methods.multistep import (
+    ddim,
+    deis,
+    dpm_solver_multistep,
+    dpm_solver_pp,
+    exponential_adams,
+    ipndm,
+    ipndm_v,
+    lms,
+    pndm,
+)
+from solvers.methods.singlestep import dpm_solver, exponential_rk, heun
+from solvers.methods.statistics import dpm_solver_v3, gaussian_statistics
+from solvers.methods.unipc import unipc
 from solvers.plan import Plan
 from solvers.schedules import Schedule
 
@@ -20,11 +34,32 @@ class Method:
         build: (schedule, times) -> plan; `times` are the outer steps, [steps + 1].
         order: of the error against the number of steps, as steps go to 0.
         calls_per_step: of the steps after the start; a start that keeps the order costs more.
+        start: (steps, calls in each) of the start; a step that touches infinite half log-SNR makes one call.
+        uneven_order: of the error on grids whose neighbouring steps never become equal, where it is another.
     """
 
     build: Callable[[Schedule, Tensor], Plan]
     order: int
     calls_per_step: int
+    start: tuple[int, int] = (0, 0)
+    uneven_order: int | None = None
+
+    def nfe(self, steps: int) -> int:
+        """The calls of so many steps, at finite half log-SNR."""
+        started = min(steps, self.start[0])
+        return started * self.start[1] + (steps - started) * self.calls_per_step
+
+
+def _started(method: Callable[..., Plan], order: int, **options: object) -> Method:
+    """An Adams method whose start keeps its order: order - 1 steps by a singlestep method of order - 1."""
+    start = "singlestep" if order > 2 else "ramp"
+    first = order - 1 if order > 2 else 0
+    return Method(partial(method, order=order, start=start, **options), order, 1, (first, order - 1))
+
+
+def _rk(tableau: tableaux.Tableau, order: int, predicts: str, variable: str = "half_logsnr") -> Method:
+    build = partial(exponential_rk, tableau=tableau, predicts=predicts, variable=variable)
+    return Method(build, order, tableau.stages)
 
 
 METHODS: dict[str, Method] = {
@@ -32,13 +67,63 @@ METHODS: dict[str, Method] = {
     "dpm_solver_1": Method(partial(dpm_solver, order=1), 1, 1),
     "dpm_solver_2": Method(partial(dpm_solver, order=2), 2, 2),
     "dpm_solver_3": Method(partial(dpm_solver, order=3), 3, 3),
-    "dpm_solver_multistep_2": Method(partial(dpm_solver_multistep, order=2), 2, 1),
-    "dpm_solver_multistep_3": Method(partial(dpm_solver_multistep, order=3, start="singlestep"), 3, 1),
-    "dpm_solver_pp_2m": Method(partial(dpm_solver_pp, order=2), 2, 1),
-    "dpm_solver_pp_3m": Method(partial(dpm_solver_pp, order=3, start="singlestep"), 3, 1),
+    "dpm_solver_multistep_2": _started(dpm_solver_multistep, 2),
+    "dpm_solver_multistep_3": _started(dpm_solver_multistep, 3),
+    "dpm_solver_pp_2m": _started(dpm_solver_pp, 2),
+    "dpm_solver_pp_3m": _started(dpm_solver_pp, 3),
     "dpm_solver_pp_3m_ramp": Method(partial(dpm_solver_pp, order=3, start="ramp"), 2, 1),
     "dpm_solver_pp_2s": Method(partial(dpm_solver_pp, order=2, kind="singlestep"), 2, 2),
     "dpm_solver_pp_3s": Method(partial(dpm_solver_pp, order=3, kind="singlestep"), 3, 3),
-    "adams_noise_4": Method(partial(exponential_adams, order=4, predicts="noise", start="singlestep"), 4, 1),
-    "adams_data_4": Method(partial(exponential_adams, order=4, predicts="data", start="singlestep"), 4, 1),
+    "adams_noise_4": _started(exponential_adams, 4, predicts="noise"),
+    "adams_data_2": _started(exponential_adams, 2, predicts="data"),
+    "adams_data_4": _started(exponential_adams, 4, predicts="data"),
+    "adams_velocity_1": _started(exponential_adams, 1, predicts="velocity"),
+    "adams_velocity_2": _started(exponential_adams, 2, predicts="velocity"),
+    "adams_velocity_3": _started(exponential_adams, 3, predicts="velocity"),
+    "adams_velocity_3_ramp": Method(partial(exponential_adams, order=3, predicts="velocity"), 2, 1),
+    "adams_velocity_4": _started(exponential_adams, 4, predicts="velocity"),
+    "adams_velocity_4_ramp": Method(partial(exponential_adams, order=4, predicts="velocity"), 2, 1),
+    "adams_velocity_t_3": _started(exponential_adams, 3, predicts="velocity", variable="t"),
+    "adams_velocity_angle_3": _started(exponential_adams, 3, predicts="velocity", variable="angle"),
+    "deis_t_2": _started(deis, 2, variable="t"),
+    "deis_t_3": _started(deis, 3, variable="t"),
+    "deis_t_3_ramp": Method(partial(deis, order=3, variable="t"), 2, 1),
+    "deis_t_4": _started(deis, 4, variable="t"),
+    "deis_logrho_3": _started(deis, 3, variable="half_logsnr"),
+    "lms_2": _started(lms, 2),
+    "lms_4": _started(lms, 4),
+    "ipndm": Method(ipndm, 2, 1, uneven_order=1),
+    "ipndm_v_3": _started(ipndm_v, 3),
+    "pndm": Method(pndm, 2, 1, (3, 4), uneven_order=1),
+    "unip_2": Method(partial(unipc, order=2, corrector=False), 2, 1),
+    "unip_3": Method(partial(unipc, order=3, corrector=False, start="singlestep"), 3, 1, (2, 2)),
+    "unipc_1": Method(partial(unipc, order=1), 2, 1),
+    "unipc_2": Method(partial(unipc, order=2), 3, 1),
+    "unipc_2_bh1": Method(partial(unipc, order=2, variant="bh1"), 3, 1),
+    "unipc_2_vary": Method(partial(unipc, order=2, variant="vary_coeff"), 3, 1),
+    "unipc_2_noise": Method(partial(unipc, order=2, predicts="noise"), 3, 1),
+    "unipc_2_velocity": Method(partial(unipc, order=2, predicts="velocity"), 3, 1),
+    "unipc_3": Method(partial(unipc, order=3, start="singlestep"), 4, 1, (1, 3)),
+    "unipc_3_ramp": Method(partial(unipc, order=3), 3, 1),
+    "unipc_4": Method(partial(unipc, order=4, start="singlestep"), 5, 1, (2, 4)),
+    "heun": Method(heun, 2, 2),
+    "res_2": _rk(tableaux.second_order(), 2, "data"),
+    "res_3": _rk(tableaux.third_order(1 / 2, 1.0), 3, "data"),
+    "etdrk3": _rk(tableaux.etdrk3, 3, "data"),
+    "lie3": _rk(tableaux.lie3, 3, "noise"),
+    "etdrk4": _rk(tableaux.etdrk4, 4, "data"),
+    "krogstad": _rk(tableaux.krogstad, 4, "data"),
+    "strehmel_weiner": _rk(tableaux.strehmel_weiner, 4, "noise"),
+    "hochbruck_ostermann": _rk(tableaux.hochbruck_ostermann, 4, "data"),
+    "rho_midpoint": _rk(tableaux.second_order(), 2, "noise", "sigma"),
+    "rho_kutta3": _rk(tableaux.etdrk3, 3, "noise", "sigma"),
+    "rho_rk4": _rk(tableaux.etdrk4, 4, "noise", "sigma"),
+    "angle_rk4": _rk(tableaux.etdrk4, 4, "velocity", "angle"),
+    "dpm_solver_v3_1": Method(
+        partial(dpm_solver_v3, statistics=gaussian_statistics(0.0, 1.0), order=1), 2, 1
+    ),
+    "dpm_solver_v3_2": Method(
+        partial(dpm_solver_v3, statistics=gaussian_statistics(0.0, 1.0), order=2), 3, 1
+    ),
+    "obelm": Method(obelm, 2, 1),
 }

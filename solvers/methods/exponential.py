@@ -1,14 +1,22 @@
-"""What every exponential method starts from: the linear part solved exactly, and the kernel of what is left."""
+"""What every method starts from: a form of prediction, its linear part solved exactly, and the integrals of what is left."""
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.arguments import choice, positive
 from solvers.grids import given
+from solvers.phi import phi
 from solvers.schedules import Schedule
 
-FORMS = ("noise", "data")
+FORMS = ("noise", "data", "velocity")
+VARIABLES = ("half_logsnr", "t", "sigma", "angle")
+NATURAL = {"noise": "sigma", "velocity": "angle"}  # the variable that is the form's natural time
+RATE = {"noise": 1.0, "data": -1.0}  # of the kernel exp(rate (lam_t - lam))
+GAUSS_POINTS = 64  # exact to rounding over steps of half log-SNR up to 10, where the integrands are analytic
 
 
 @dataclass(frozen=True)
@@ -34,37 +42,169 @@ class Levels:
         return Levels(self.times[where], self.alpha[where], self.sigma[where], self.half_logsnr[where])
 
 
-def exact_part(predicts: str, s: Levels, t: Levels) -> tuple[Tensor, Tensor, Tensor]:
-    """The step from s to t with the prediction held constant, and what scales its variation.
+@dataclass(frozen=True)
+class Form:
+    """A form of prediction, in whose scaled state and natural time the ODE has no linear part: d(x / norm) / du = m / unit.
 
-    data form:  x_t = (sigma_t / sigma_s) x_s + alpha_t int e^{-(lam_t - lam)} x_0 dlam
-    noise form: x_t = (alpha_t / alpha_s) x_s - sigma_t int e^{+(lam_t - lam)} eps dlam
+        noise:    x / alpha,  u = rho = sigma / alpha
+        data:     x / sigma,  u = 1 / rho
+        velocity: x / n,      u = theta = arctan(rho / scale),  n = unit = sqrt(scale^2 alpha^2 + sigma^2)
 
-    Source: Lu et al. 2022 (arXiv 2206.00927), prop. 3.1 and (arXiv 2211.01095), prop. 4.1. The integral of a constant is
-    taken from consistency, so sigma_t = 0 and alpha_s = 0 (data form) are exact limits.
+    A step is x_t = (norm_t / norm_s) x_s + norm_t int (m / unit) du, with m / unit replaced by its polynomial in `variable`:
+    "half_logsnr" (lambda), "t", "sigma" (that is rho) or "angle" (theta).
+    Source: Lu et al. 2022 (arXiv 2206.00927), prop. 3.1 and (arXiv 2211.01095), prop. 4.1; velocity form: Salimans & Ho 2022
+    (arXiv 2202.00512), appendix D, at scale 1; the F of Karras et al. 2022 (arXiv 2206.00364), eq. 7, is -m / n.
+    """
+
+    predicts: str = "data"
+    variable: str = "half_logsnr"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        choice("predicts", self.predicts, FORMS)
+        choice(
+            "variable", self.variable, VARIABLES, {"lambda": "half_logsnr", "rho": "sigma", "theta": "angle"}
+        )
+        positive(scale=self.scale)
+        if self.scale != 1 and self.predicts != "velocity":
+            raise ValueError(
+                f"scale = {self.scale:g} has no use with predicts = {self.predicts!r}: leave it out, or take predicts='velocity'"
+            )
+
+    def norm(self, at: Levels) -> Tensor:
+        """What x is divided by in the scaled state."""
+        return {"noise": at.alpha, "data": at.sigma}.get(self.predicts, self._radius(at))
+
+    def unit(self, at: Levels) -> Tensor:
+        """What the prediction is divided by in the scaled equation."""
+        return self._radius(at) if self.predicts == "velocity" else torch.ones_like(at.alpha)
+
+    def place(self, at: Levels) -> Tensor:
+        """The variable that polynomials are in."""
+        if self.variable == "sigma":
+            return at.sigma / at.alpha
+        if self.variable == "angle":
+            return torch.atan2(at.sigma, self.scale * at.alpha)
+        return at.times if self.variable == "t" else at.half_logsnr
+
+    def exact_part(self, s: Levels, t: Levels) -> tuple[Tensor, Tensor]:
+        """The weight of x over a step from s to t, and the sum of the weights of m / unit: norm_t (u_t - u_s).
+
+        The sum is taken from consistency (of data form and noise form) or as the angle between two vectors (of velocity
+        form), so that sigma_t = 0 and alpha_s = 0 are exact limits.
+
+        Raises:
+            ValueError: noise form from alpha = 0, or data form from sigma = 0.
+        """
+        if self.predicts == "velocity":
+            cross = self.scale * (s.alpha * t.sigma - t.alpha * s.sigma)
+            angle = torch.atan2(cross, self.scale**2 * s.alpha * t.alpha + s.sigma * t.sigma)
+            return self.norm(t) / self.norm(s), self.norm(t) * angle
+        for name, silent, start in (("noise", "data", s.alpha), ("data", "noise", s.sigma)):
+            if self.predicts == name and (start == 0).any():
+                raise ValueError(
+                    f"the {name} form cannot start at {'alpha' if name == 'noise' else 'sigma'} = 0 (t = {s.times[start == 0][0]:g}): "
+                    f"{name} says nothing of the {silent} there; use a {silent}-form method such as "
+                    f"{'dpm_solver_pp' if name == 'noise' else 'dpm_solver'}, with a network that predicts {silent}, velocity or flow"
+                )
+        if self.predicts == "data":
+            a = t.sigma / s.sigma
+            return a, t.alpha - a * s.alpha
+        a = t.alpha / s.alpha
+        return a, t.sigma - a * s.sigma
+
+    def moments(self, schedule: Schedule | None, s: Levels, t: Levels, degree: int) -> Tensor:
+        """Integrals over a step of the powers of the variable, norm_t int ((v - v_s) / (v_t - v_s))^k du, k = 1..degree.
+
+        In closed form where the variable is half log-SNR (noise and data form) or the natural time, else by Gauss-Legendre
+        in half log-SNR, or in the natural time where half log-SNR is infinite.
+
+        Returns:
+            [steps, degree].
+        """
+        _, total = self.exact_part(s, t)
+        powers = range(1, degree + 1)
+        if self.variable == NATURAL.get(self.predicts):
+            return torch.stack([total / (k + 1) for k in powers], 1)
+        h = t.half_logsnr - s.half_logsnr
+        if self.variable == "half_logsnr" and self.predicts in RATE:
+            scale = self.slope(t) * h
+            return torch.stack(
+                [scale * math.factorial(k) * phi(k + 1, RATE[self.predicts] * h) for k in powers], 1
+            )
+        places, mass = self._quadrature(schedule, s, t, h)
+        start, end = self.place(s)[:, None], self.place(t)[:, None]
+        ratio = (places - start) / (end - start)
+        return torch.stack([(mass * ratio**k).sum(1) for k in powers], 1)
+
+    def slope(self, t: Levels) -> Tensor:
+        """norm_t du / dlambda at t: what weighs m dlambda at the end of a step."""
+        if self.predicts == "velocity":
+            return -t.alpha * t.sigma * self.scale / self.norm(t)
+        return t.alpha if self.predicts == "data" else -t.sigma
+
+    def _radius(self, at: Levels) -> Tensor:
+        return torch.hypot(self.scale * at.alpha, at.sigma)
+
+    def _quadrature(
+        self, schedule: Schedule | None, s: Levels, t: Levels, h: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The variable and norm_t du at the Gauss points of each step, [steps, points]."""
+        _, total = self.exact_part(s, t)
+        points, weights = (torch.from_numpy(v).to(h) for v in GAUSS)
+        finite = h.isfinite()[:, None]
+        start, length = (torch.where(finite, v[:, None], 1.0) for v in (s.half_logsnr, h))
+        lam = torch.where(finite, start + points * length, self._half_logsnr(s, t, points))
+        end = torch.where(finite[:, 0], t.half_logsnr, 0.0)[:, None]
+        if self.predicts == "velocity":
+            log = math.log(self.scale)
+            kernel = -self.norm(t)[:, None] / 2 / torch.cosh(lam + log)
+        else:
+            kernel = self.slope(t)[:, None] * torch.exp(RATE[self.predicts] * (end - lam))
+        mass = weights * torch.where(finite, length * kernel, total[:, None])
+        if self.variable == "half_logsnr":
+            return lam, mass
+        if self.variable == "t" and schedule is not None:
+            return schedule.time(lam), mass
+        rho = torch.exp(-lam)
+        return (rho if self.variable == "sigma" else torch.atan(rho / self.scale)), mass
+
+    def _half_logsnr(self, s: Levels, t: Levels, fraction: Tensor) -> Tensor:
+        """Half log-SNR at fractions of a step of the natural time, which is finite where half log-SNR may not be."""
+        natural = {"noise": lambda v: v.sigma / v.alpha, "data": lambda v: v.alpha / v.sigma}.get(
+            self.predicts, lambda v: torch.atan2(v.sigma, self.scale * v.alpha)
+        )
+        first, last = natural(s)[:, None], natural(t)[:, None]
+        u = first + fraction * (last - first)
+        if self.predicts == "velocity":
+            return -torch.log(self.scale * torch.tan(u))
+        return torch.log(u) if self.predicts == "data" else -torch.log(u)
+
+    def is_infinite(self, levels: Levels) -> Tensor:
+        """Whether the natural time or the variable is infinite at either end of a step, where only order 1 has a limit, [steps]."""
+        pole = {"noise": levels.alpha, "data": levels.sigma}.get(self.predicts, torch.ones_like(levels.alpha))
+        infinite = (pole == 0) | ~self.place(levels).isfinite()
+        return infinite[:-1] | infinite[1:]
+
+
+def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
+    """Points and weights on [0, 1]."""
+    points, weights = np.polynomial.legendre.leggauss(GAUSS_POINTS)
+    return (points + 1) / 2, weights / 2
+
+
+GAUSS = _gauss_legendre()
+
+
+def interpolatory(ratios: Tensor, moments: Tensor) -> Tensor:
+    """Weights W_j that integrate polynomials exactly: sum_j W_j r_j^k = M_k, k = 1..q; the current call takes what is left of k = 0.
+
+    Args:
+        ratios: r_j, places of the other nodes from the current one over the length of the step, [rows, q].
+        moments: M_k, [rows, q].
 
     Returns:
-        (a, total, scale): the weight of x, the sum of the prediction's weights, and the factor before the integral.
-
-    Raises:
-        ValueError: noise form from alpha = 0.
+        [rows, q].
     """
-    if predicts == "data":
-        a = t.sigma / s.sigma
-        return a, t.alpha - a * s.alpha, t.alpha
-    if (s.alpha == 0).any():
-        raise ValueError(
-            f"the noise form cannot start at alpha = 0 (t = {s.times[s.alpha == 0][0]:g}): noise says nothing of the data "
-            "there; use a data-form method such as dpm_solver_pp, with a network that predicts data, velocity or flow"
-        )
-    a = t.alpha / s.alpha
-    return a, t.sigma - a * s.sigma, -t.sigma
-
-
-RATE = {"noise": 1.0, "data": -1.0}  # of the kernel exp(rate (lam_t - lam))
-
-
-def reaches_infinity(levels: Levels) -> Tensor:
-    """Whether each step starts or ends at infinite half log-SNR, where only a first-order step has a limit, [steps]."""
-    infinite = torch.isinf(levels.half_logsnr)
-    return infinite[:-1] | infinite[1:]
+    powers = torch.arange(1, ratios.shape[1] + 1, device="cpu")
+    return torch.linalg.solve(ratios[:, None, :] ** powers[:, None], moments)

@@ -1,28 +1,24 @@
-"""Exponential Adams methods of any order: DDIM, DPM-Solver(++) multistep."""
+"""Multistep methods: exponential Adams of any order and form: DDIM, DPM-Solver(++) multistep, DEIS, LMS; PNDM."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from solvers.arguments import choice, number, whole
-from solvers.methods.exponential import FORMS, RATE, Levels, exact_part, reaches_infinity
+from solvers.methods.exponential import Form, Levels, interpolatory
 from solvers.methods.singlestep import singlestep
-from solvers.phi import moment
-from solvers.plan import Plan, stacked
+from solvers.plan import Plan, fold, stacked
 from solvers.schedules import Schedule
 
-Weights = Callable[
-    [Tensor, Tensor, float], Tensor
-]  # (offsets [rows, q-1], h [rows], rate) -> weights [rows, q-1]
-
 MAX_ORDER = 8
-MAX_STARTED = 4  # one above the highest singlestep order
+MAX_STARTED = 5  # one above the highest singlestep order
 STARTS, FINALS, KINDS = ("ramp", "singlestep"), ("full", "lower"), ("multistep", "singlestep")
+VARIANTS = ("bh1", "bh2", "vary_coeff")
 
 
 def ddim(schedule: Schedule, times: Tensor, eta: float = 0.0) -> Plan:
-    """DDIM: exponential Euler, the data prediction held over the step; DPM-Solver-1; with eta = 1 the DDPM posterior step.
+    """DDIM: exponential Euler, the data prediction held over the step; DPM-Solver-1; Euler in sigma; with eta = 1 the DDPM posterior step.
 
     Order 1; 1 call per step; ODE (eta = 0) or SDE; data form.
     Source: Song, Meng & Ermon 2021 (arXiv 2010.02502), eq. 12 and 16: x_t = alpha_t x_0 + sigma_t (sqrt(1 - q^2) eps + q z)
@@ -37,9 +33,14 @@ def ddim(schedule: Schedule, times: Tensor, eta: float = 0.0) -> Plan:
         raise ValueError(f"eta = {eta}: expected a number from 0 (deterministic) to 1 (DDPM)")
     levels = Levels.of(schedule, times)
     s, t = levels[:-1], levels[1:]
+    if not eta:
+        a, total = Form("data").exact_part(s, t)
+        return Plan(levels.times, levels.alpha, levels.sigma, a, total[:, None], predicts="data")
+    if (t.half_logsnr < s.half_logsnr).any():
+        raise ValueError(f"eta = {eta}: from data to noise there is eta = 0 alone; leave it out")
     fraction = eta**2 * -torch.expm1(-2 * (t.half_logsnr - s.half_logsnr))
     a = t.sigma / s.sigma * torch.sqrt(1 - fraction)
-    c = (t.sigma * torch.sqrt(fraction))[:, None] if eta else a.new_zeros(len(a), 0)
+    c = (t.sigma * torch.sqrt(fraction))[:, None]
     return Plan(levels.times, levels.alpha, levels.sigma, a, (t.alpha - a * s.alpha)[:, None], c, "data")
 
 
@@ -48,28 +49,33 @@ def exponential_adams(
     times: Tensor,
     order: int,
     predicts: str = "data",
+    variable: str = "half_logsnr",
+    scale: float = 1.0,
     start: str = "ramp",
     final: str = "full",
 ) -> Plan:
-    """Exponential Adams-Bashforth: the prediction's polynomial in half log-SNR through past calls, integrated exactly.
+    """Exponential Adams-Bashforth: the prediction's polynomial through past calls, integrated exactly over the form's natural time.
 
-    Order p with start = "singlestep" (p <= 4), else 2 for p >= 3; 1 call per step; ODE; noise or data form. The rows have
-    order p for every p; a method has it only if its start does. start = "ramp" begins with orders 1, 2, ..., cheap and often
-    as good in practice, of order 2 in the limit; start = "singlestep" takes the first p - 1 steps by singlestep methods of
-    order p - 1, at (p - 1)^2 calls.
+    Order p with start = "singlestep" (p <= 5), else 2 for p >= 3; 1 call per step; ODE; noise, data or velocity form. The rows
+    have order p for every p; a method has it only if its start does. start = "ramp" begins with orders 1, 2, ..., cheap and
+    often as good in practice, of order 2 in the limit; start = "singlestep" takes the first p - 1 steps by singlestep
+    methods of order p - 1, at (p - 1)^2 calls.
+    The velocity form is exact on Gaussian data of standard deviation `scale`, and regular where alpha = 0 or sigma = 0.
     Source: Hochbruck & Ostermann 2010 (doi 10.1017/S0962492910000048), section 2.5, in the variables of Lu et al. 2022.
 
     Args:
         schedule: noise schedule.
         times: [steps + 1].
         order: 1 to 8.
-        predicts: "noise" | "data".
+        predicts: "noise" | "data" | "velocity".
+        variable: what the polynomial is in: "half_logsnr" | "t" | "sigma" (sigma / alpha) | "angle" (arctan(sigma / (scale alpha))).
+        scale: of the velocity form: 1 for v, the data's standard deviation for EDM's F.
         start: "ramp" | "singlestep", how the history is begun.
         final: "full" | "lower"; "lower" ends with orders p - 1, ..., 1, steadier where the last steps of half log-SNR
-            are large. A last step to sigma = 0 always has order 1.
+            are large. A last step to sigma = 0 has order 1 where the variable or the natural time is infinite there.
     """
     whole("order", order, 1, MAX_ORDER)
-    return _multistep(schedule, times, order, predicts, start, final, second_order=_fitted)
+    return adams(schedule, times, order, Form(predicts, variable, scale), start, final)
 
 
 def dpm_solver_multistep(
@@ -83,7 +89,7 @@ def dpm_solver_multistep(
     See `exponential_adams` for start and final.
     """
     whole("order", order, 1, 3)
-    return _multistep(schedule, times, order, "noise", start, final, second_order=_midpoint)
+    return adams(schedule, times, order, Form("noise"), start, final, "bh2")
 
 
 def dpm_solver_pp(
@@ -104,7 +110,7 @@ def dpm_solver_pp(
     """
     whole("order", order, 1, 3)
     if choice("kind", kind, KINDS) == "multistep":
-        return _multistep(schedule, times, order, "data", start, final, second_order=_midpoint)
+        return adams(schedule, times, order, Form("data"), start, final, "bh2")
     if (start, final) != ("ramp", "full"):
         raise ValueError(
             f"start = {start!r}, final = {final!r} have no use with kind = 'singlestep': leave them out"
@@ -112,92 +118,247 @@ def dpm_solver_pp(
     return singlestep(schedule, times, order, "data")
 
 
-def _multistep(
+def deis(
+    schedule: Schedule,
+    times: Tensor,
+    order: int = 3,
+    variable: str = "t",
+    start: str = "ramp",
+    final: str = "full",
+) -> Plan:
+    """DEIS: tAB, rhoAB or, with variable = "half_logsnr", log-rho AB.
+
+    Order p with start = "singlestep" (p <= 5), else 2 for p >= 3; 1 call per step; ODE; noise form.
+    Source: Zhang & Chen 2023 (arXiv 2204.13902), eq. 13 to 15; its "order r" is a polynomial of degree r, here order r + 1.
+    Differs: the released code integrates by Riemann sums, with relative errors of 1e-4; here the weights are closed forms or
+    Gauss-Legendre in float64. rhoRK is `exponential_rk` with predicts="noise", variable="sigma".
+    See `exponential_adams` for start and final.
+    """
+    whole("order", order, 1, MAX_ORDER)
+    return adams(schedule, times, order, Form("noise", variable), start, final)
+
+
+def lms(schedule: Schedule, times: Tensor, order: int = 4, start: str = "ramp", final: str = "full") -> Plan:
+    """LMS, the variable-step Adams-Bashforth method in sigma / alpha; rhoAB of DEIS.
+
+    Order p with start = "singlestep" (p <= 5), else 2 for p >= 3; 1 call per step; ODE; noise form.
+    Source: Katherine Crowson's k-diffusion, sample_lms, which integrates by adaptive quadrature; here in closed form.
+    See `exponential_adams` for start and final.
+    """
+    return deis(schedule, times, order, "sigma", start, final)
+
+
+def ipndm(schedule: Schedule, times: Tensor, order: int = 4) -> Plan:
+    """iPNDM: the Adams-Bashforth weights of equal steps in sigma / alpha, whatever the steps are; begun by orders 1, 2, ...
+
+    Order 2 for every `order` above 1; 1 call per step; ODE; noise form. Only on a grid of equal steps in sigma / alpha do the
+    rows have order `order`; `ipndm_v` has the weights of the steps taken.
+    Source: Zhang & Chen 2023 (arXiv 2204.13902), appendix H.1, after Liu et al. 2022 (arXiv 2202.09778).
+
+    Args:
+        schedule: noise schedule.
+        times: [steps + 1].
+        order: 1 to 4, the number of past outputs in a row.
+    """
+    whole("order", order, 1, 4)
+    levels = Levels.of(schedule, times)
+    a, total = Form("noise").exact_part(levels[:-1], levels[1:])
+    orders = [min(i + 1, order) for i in range(len(a))]
+    return Plan(
+        levels.times, levels.alpha, levels.sigma, a, total[:, None] * _equal_steps(orders), predicts="noise"
+    )
+
+
+def ipndm_v(schedule: Schedule, times: Tensor, order: int = 4, start: str = "ramp") -> Plan:
+    """iPNDM with the weights of the steps taken, which makes it `lms`.
+
+    Order p with start = "singlestep" (p <= 5), else 2 for p >= 3; 1 call per step; ODE; noise form.
+    Source: Zhou et al. 2024 (arXiv 2312.00094), released code. Differs: that code's third- and fourth-order weights have
+    (1 - AB) / 2 for (1 - A) B / 2 and hold on equal steps alone; here they are exact.
+    """
+    return lms(schedule, times, order, start)
+
+
+def pndm(schedule: Schedule, times: Tensor) -> Plan:
+    """PNDM: iPNDM of order 4, begun by three pseudo Runge-Kutta steps with their middle at the middle of t.
+
+    Order 2; 1 call per step, 4 in each of the first three; ODE; noise form.
+    Source: Liu et al. 2022 (arXiv 2202.09778), algorithm 2 and eq. 12 to 14.
+
+    Args:
+        schedule: noise schedule.
+        times: [steps + 1].
+    """
+    levels = Levels.of(schedule, times)
+    started = min(3, len(levels.times) - 1)
+    s, t = levels[:started], levels[1 : started + 1]
+    middle = Levels.at(schedule, (s.times + t.times) / 2)
+    form, stages = Form("noise"), (s, middle, middle, t)
+    ends = [form.exact_part(s, end) for end in (middle, middle, t, t)]
+    shares = torch.tensor(
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1 / 6, 1 / 3, 1 / 3, 1 / 6]],
+        dtype=torch.float64,
+        device="cpu",
+    )
+    weights = torch.stack([total[:, None] * share for (_, total), share in zip(ends, shares, strict=True)], 1)
+    a, b = fold(torch.stack([a for a, _ in ends], 1), weights)
+
+    def at_calls(name: str) -> Tensor:
+        calls = torch.stack([getattr(stage, name) for stage in stages], 1).flatten()
+        return torch.cat([calls, getattr(t, name)[-1:]])
+
+    head = Plan(at_calls("times"), at_calls("alpha"), at_calls("sigma"), a, b, predicts="noise")
+    steps = len(levels.times) - 1
+    if started == steps:
+        return head
+    a, total = form.exact_part(levels[started:-1], levels[started + 1 :])
+    calls = calls_of_nodes(levels, started, 4)
+    b = at_columns(total[:, None] * _equal_steps([4] * (steps - started)), calls, started)
+    return behind(head, levels, started, a, b)
+
+
+def adams(
     schedule: Schedule,
     times: Tensor,
     order: int,
-    predicts: str,
-    start: str,
-    final: str,
-    second_order: Weights,
+    form: Form,
+    start: str = "ramp",
+    final: str = "full",
+    variant: str = "vary_coeff",
+    starting: tuple[int, int] | None = None,
 ) -> Plan:
-    """Adams rows behind a ramp or a singlestep start; second_order gives the weights of rows of order 2."""
-    choice("predicts", predicts, FORMS)
+    """Adams rows behind a ramp or a singlestep start.
+
+    Args:
+        schedule: noise schedule.
+        times: [steps + 1].
+        order: of the rows.
+        form: of the prediction, and the variable of its polynomial.
+        start: "ramp" | "singlestep".
+        final: "full" | "lower".
+        variant: weight of the past call in rows of order 2; see `first_moment`.
+        starting: (steps, order) of a singlestep start, if not (p - 1, p - 1).
+    """
     choice("start", start, STARTS)
     choice("final", final, FINALS)
     levels = Levels.of(schedule, times)
     steps = len(levels.times) - 1
-    started = 0
-    if start == "singlestep" and order > 2:
-        if order > MAX_STARTED:
+    started, start_order = (0, 0) if start == "ramp" or order < 3 else starting or (order - 1, order - 1)
+    if started:
+        if start_order >= MAX_STARTED:
             raise ValueError(
                 f"order = {order} with start = 'singlestep': expected a whole number from 1 to {MAX_STARTED}, or start='ramp'"
             )
-        started = min(order - 1 + int(levels.half_logsnr[0].isinf()), steps)
-    head = singlestep(schedule, levels.times[: started + 1], order - 1, predicts) if started else None
+        started = min(started + int(levels.half_logsnr[0].isinf()), steps)
+    scale = form.scale
+    head = (
+        singlestep(schedule, levels.times[: started + 1], start_order, form.predicts, scale=scale)
+        if started
+        else None
+    )
     if head is not None and started == steps:
         return head
 
-    orders = _orders(levels, order, final)[started:]
-    calls = _calls_of_nodes(levels, order - 1, started)
-    s, t = levels[started:-1], levels[started + 1 :]
-    a, total, scale = exact_part(predicts, s, t)
-    reach = max(int(calls[i] - calls[i - q + 1]) for i, q in enumerate(orders, start=started))
-    b = a.new_zeros(len(a), 1 + reach)
-    for q in set(orders) - {1}:
+    orders = orders_of_steps(levels, form, order, final)[started:]
+    a, _ = form.exact_part(levels[started:-1], levels[started + 1 :])
+    weights = a.new_zeros(len(a), max(orders))
+    for q in set(orders):
         rows = torch.tensor([i for i, o in enumerate(orders) if o == q], device="cpu")
-        nodes = (rows + started)[:, None] - torch.arange(1, q, device="cpu")
-        here = s.half_logsnr[rows]
-        weights = second_order if q == 2 else _fitted
-        columns = calls[rows + started][:, None] - calls[nodes]
-        offsets = levels.half_logsnr[nodes] - here[:, None]
-        b[rows[:, None], columns] = scale[rows, None] * weights(
-            offsets, t.half_logsnr[rows] - here, RATE[predicts]
-        )
-    b[:, 0] = total - b.sum(1)
+        weights[rows, :q] = adams_weights(schedule, form, levels, rows + started, range(0, -q, -1), variant)
+    b = at_columns(weights, calls_of_nodes(levels, started, start_order), started)
     if head is None:
-        return Plan(levels.times, levels.alpha, levels.sigma, a, b, predicts=predicts)
-
-    def behind_head(name: str) -> Tensor:
-        return torch.cat([getattr(head, name)[:-1], getattr(levels, name)[started:]])
-
-    grid = (behind_head("times"), behind_head("alpha"), behind_head("sigma"))
-    return Plan(*grid, torch.cat([head.a, a]), stacked(head.b, b), predicts=predicts)
+        return Plan(levels.times, levels.alpha, levels.sigma, a, b, predicts=form.predicts, scale=scale)
+    return behind(head, levels, started, a, b)
 
 
-def _orders(levels: Levels, order: int, final: str) -> list[int]:
-    """The order of each step: what its history allows, lowered at the end if asked, 1 at infinite half log-SNR."""
+def adams_weights(
+    schedule: Schedule | None, form: Form, levels: Levels, steps: Tensor, nodes: Sequence[int], variant: str
+) -> Tensor:
+    """Weights of the outputs at some nodes that integrate their polynomial over each step.
+
+    Args:
+        schedule: for polynomials in t alone.
+        form: of the prediction, and the variable of its polynomial.
+        levels: the grid.
+        steps: the steps' numbers, [rows].
+        nodes: grid points, counted from the one where the step begins: 0, which takes what consistency leaves, then the others.
+        variant: of the weight of one other node; see `first_moment`.
+
+    Returns:
+        [rows, nodes].
+    """
+    s, t = levels[steps], levels[steps + 1]
+    total = form.exact_part(s, t)[1][:, None]
+    at = steps[:, None] + torch.tensor(nodes, device="cpu")
+    others = total[:, :0]
+    if len(nodes) > 1:
+        moments = form.moments(schedule, s, t, len(nodes) - 1)
+        if len(nodes) == 2:
+            moments = first_moment(form, s, t, moments, variant)
+        place, here = form.place(levels), form.place(s)[:, None]
+        others = interpolatory((place[at[:, 1:]] - here) / (form.place(t)[:, None] - here), moments)
+    return torch.cat([total - others.sum(1, keepdim=True), others], 1) / form.unit(levels)[at]
+
+
+def first_moment(form: Form, s: Levels, t: Levels, exact: Tensor, variant: str) -> Tensor:
+    """The moment of k = 1 as a paper has it, [rows, 1]: where one other node is in a row the moment is all that matters.
+
+    "vary_coeff" is exact; "bh2" has half the sum of the weights, B(h) = e^z - 1 (DPM-Solver multistep, 2M); "bh1" has half
+    of what the prediction at the end would weigh over the step, B(h) = z.
+    Source: Zhao et al. 2023 (arXiv 2302.04867), section 3.
+    """
+    if choice("variant", variant, VARIANTS) == "vary_coeff":
+        return exact
+    if variant == "bh2":
+        return form.exact_part(s, t)[1][:, None] / 2
+    return (form.slope(t) * (t.half_logsnr - s.half_logsnr))[:, None] / 2
+
+
+def orders_of_steps(levels: Levels, form: Form, order: int, final: str = "full") -> list[int]:
+    """The order of each step: what its history allows, lowered at the end if asked, 1 where only that has a limit."""
     steps = len(levels.times) - 1
-    finite = torch.isfinite(levels.half_logsnr).cumsum(0)[:-1].tolist()
-    infinite = reaches_infinity(levels).tolist()
+    nodes = form.place(levels).isfinite().cumsum(0)[:-1].tolist()
+    infinite = form.is_infinite(levels).tolist()
     most = [steps - i if final == "lower" else order for i in range(steps)]
-    return [1 if infinite[i] else min(order, finite[i], most[i]) for i in range(steps)]
+    return [1 if infinite[i] else min(order, nodes[i], most[i]) for i in range(steps)]
 
 
-def _calls_of_nodes(levels: Levels, start_order: int, started: int) -> Tensor:
-    """The number of the call made at each grid point: the first `started` steps make start_order calls, the rest one."""
+def calls_of_nodes(levels: Levels, started: int, calls_per_step: int) -> Tensor:
+    """The number of the call made at each grid point: of the first `started` steps each makes so many calls, the rest one."""
+    infinite = levels.half_logsnr.isinf()
     per_step = torch.ones(len(levels.times) - 1, dtype=torch.long, device="cpu")
-    per_step[:started] = torch.where(reaches_infinity(levels)[:started], 1, start_order)
+    per_step[:started] = torch.where((infinite[:-1] | infinite[1:])[:started], 1, calls_per_step)
     return per_step.cumsum(0) - per_step
 
 
-def _fitted(offsets: Tensor, h: Tensor, rate: float) -> Tensor:
-    """Weights w_j that integrate polynomials exactly: sum_j w_j d_j^k = k! h^{k+1} phi_{k+1}(rate h), k = 1..q-1.
-
-    Args:
-        offsets: d_j, half log-SNR of the past calls from the current one, [rows, q - 1].
-        h: step lengths, [rows].
-        rate: of the kernel.
-
-    Returns:
-        [rows, q - 1]; the current call takes what consistency leaves, which is k = 0.
-    """
-    powers = torch.arange(1, offsets.shape[1] + 1, device="cpu")
-    ratios = offsets / h[:, None]
-    moments = torch.stack([moment(k, h, rate) / h**k for k in powers.tolist()], 1)
-    return torch.linalg.solve(ratios[:, None, :] ** powers[:, None], moments)
+def at_columns(weights: Tensor, calls: Tensor, started: int) -> Tensor:
+    """Weights of the outputs at grid points, [rows, q], in the columns of their calls, for the steps from `started` on."""
+    rows, q = weights.shape
+    node = torch.arange(started, started + rows, device="cpu")[:, None]
+    columns = torch.where(
+        node >= torch.arange(q, device="cpu"),
+        calls[node] - calls[(node - torch.arange(q, device="cpu")).clamp(min=0)],
+        0,
+    )
+    used = torch.where(weights != 0, columns, 0)
+    return weights.new_zeros(rows, 1 + int(used.max())).scatter_add_(1, used, weights)
 
 
-def _midpoint(offsets: Tensor, h: Tensor, rate: float) -> Tensor:
-    """The second-order weight of the papers: h phi_1 / 2 in place of h phi_2, before the divided difference."""
-    return moment(0, h, rate)[:, None] / 2 * h[:, None] / offsets
+def behind(head: Plan, levels: Levels, started: int, a: Tensor, b: Tensor) -> Plan:
+    """The rows (a, b), which read calls of the head, behind the head, which takes the first `started` steps."""
+    grid = (
+        torch.cat([getattr(head, n)[:-1], getattr(levels, n)[started:]]) for n in ("times", "alpha", "sigma")
+    )
+    a, b = torch.cat([head.a, a]), stacked(head.b, b)
+    return Plan(*grid, a, b, predicts=head.predicts, scale=head.scale, turns=head.turns)
+
+
+def _equal_steps(orders: list[int]) -> Tensor:
+    """Adams-Bashforth weights of equal steps, [rows, max order], each row summing to 1: {1}, {3, -1} / 2, {23, -16, 5} / 12, ..."""
+    table = torch.zeros(len(orders), max(orders), dtype=torch.float64, device="cpu")
+    for q in set(orders):
+        k = torch.arange(1, q, dtype=torch.float64, device="cpu")
+        past = interpolatory(-k[None], 1 / (k[None] + 1))[0]
+        rows = [i for i, order in enumerate(orders) if order == q]
+        table[rows, :q] = torch.cat([1 - past.sum()[None], past])
+    return table

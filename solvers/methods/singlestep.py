@@ -1,18 +1,16 @@
-"""Singlestep exponential Runge-Kutta methods: DPM-Solver-1/2/3, DPM-Solver-fast, DPM-Solver++(2S, 3S)."""
-
-from collections.abc import Callable, Sequence
+"""Singlestep methods: exponential and classical Runge-Kutta, DPM-Solver-1/2/3, DPM-Solver-fast, 2S, 3S, Heun."""
 
 import torch
 from torch import Tensor
 
-from solvers.arguments import choice, number, whole
+from solvers.arguments import whole
 from solvers.grids import MAX_STEPS, logsnr
-from solvers.methods.exponential import FORMS, RATE, Levels, exact_part, reaches_infinity
+from solvers.methods import tableaux
+from solvers.methods.exponential import NATURAL, RATE, Form, Levels
+from solvers.methods.tableaux import Tableau, position, two_positions
 from solvers.phi import phi
 from solvers.plan import Plan, fold
 from solvers.schedules import Schedule
-
-Phi = Callable[..., Tensor]  # (k, c=1.0) -> phi_k(c z), [steps]
 
 
 def dpm_solver(
@@ -33,7 +31,7 @@ def dpm_solver(
         r1: for order 2 and 3, position of the first stage within a step of half log-SNR; default 1/2, 1/3.
         r2: for order 3, position of the second stage; default 2/3.
     """
-    return singlestep(schedule, times, order, "noise", r1, r2)
+    return singlestep(schedule, times, whole("order", order, 1, 3), "noise", r1, r2)
 
 
 def dpm_solver_fast(
@@ -61,6 +59,105 @@ def dpm_solver_fast(
     return sum(plans[1:], plans[0])
 
 
+def heun(schedule: Schedule, times: Tensor, alpha: float = 1.0) -> Plan:
+    """Heun's method of EDM and the family it belongs to: a stage at rho_s + alpha (rho_t - rho_s), weights 1 - 1/(2 alpha), 1/(2 alpha).
+
+    Order 2; 2 calls per step; ODE; noise form. The last step to sigma = 0 is Euler's, so 2 N - 1 calls.
+    Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 1 and eq. 49 to 56 of its appendix.
+
+    Args:
+        schedule: noise schedule.
+        times: outer steps, [steps + 1].
+        alpha: place of the stage in (0, 1]: 1 is Heun's, 2/3 Ralston's, 1/2 the midpoint method.
+    """
+    return exponential_rk(schedule, times, tableaux.second_order(position("alpha", alpha)), "noise", "sigma")
+
+
+def exponential_rk(
+    schedule: Schedule,
+    times: Tensor,
+    tableau: Tableau,
+    predicts: str = "data",
+    variable: str = "half_logsnr",
+    scale: float = 1.0,
+) -> Plan:
+    """Explicit Runge-Kutta by any tableau of `solvers.tableaux`: exponential in half log-SNR, classical in a natural time.
+
+    Order of the tableau; as many calls per step as it has stages; ODE; noise, data or velocity form. In the natural time of
+    a form nothing is left of the linear part, z = 0, and the tableau is classical: in noise form with variable = "sigma"
+    these are the rhoRK methods of DEIS. A step that touches infinite half log-SNR has order 1.
+    Source: Hochbruck & Ostermann 2005 (doi 10.1137/040611434), section 2, with z = h (noise form) or -h (data form);
+    rhoRK: Zhang & Chen 2023 (arXiv 2204.13902), section 3.
+
+    Args:
+        schedule: noise schedule.
+        times: outer steps, [steps + 1]; stages stand between them, on a discrete network also between its levels.
+        tableau: e.g. tableaux.third_order(c2=1/3), tableaux.krogstad.
+        predicts: "noise" | "data" | "velocity".
+        variable: "half_logsnr" for noise and data form, "sigma" for noise form, "angle" for velocity form.
+        scale: of the velocity form.
+    """
+    form = Form(predicts, variable, scale)
+    classical = variable == NATURAL.get(predicts)
+    if not classical and (variable != "half_logsnr" or predicts not in RATE):
+        raise ValueError(
+            f"predicts = {predicts!r}, variable = {variable!r}: expected half_logsnr for noise and data, sigma for noise, angle for velocity"
+        )
+    if not isinstance(tableau, Tableau):
+        raise TypeError(f"tableau = {tableau!r:.100}: expected a Tableau, e.g. tableaux.krogstad")
+    levels = Levels.of(schedule, times)
+    infinite = levels.half_logsnr.isinf()
+    infinite = infinite[:-1] | infinite[1:]
+    if tableau.stages > 1 and infinite.any():
+        pieces = [
+            exponential_rk(
+                schedule,
+                levels.times[i : j + 1],
+                tableaux.euler if first_order else tableau,
+                predicts,
+                variable,
+                scale,
+            )
+            for first_order, i, j in _runs(infinite)
+        ]
+        return sum(pieces[1:], pieces[0])
+    s, t = levels[:-1], levels[1:]
+    h = t.half_logsnr - s.half_logsnr
+    start, whole_step = form.place(s), form.place(t) - form.place(s)
+    inner = [
+        Levels.at(schedule, schedule.time(_half_logsnr(form, start + c * whole_step)))
+        if 0 < c < 1
+        else (t if c else s)
+        for c in tableau.positions[1:]
+    ]
+
+    def phi_at(k: int, c: float = 1.0) -> Tensor:
+        return phi(k, 0 * h if classical else RATE[predicts] * c * h)
+
+    _, total = form.exact_part(s, t)
+    stages = tableau.stages
+    x_weights, table = h.new_zeros(len(h), stages), h.new_zeros(len(h), stages, stages)
+    units = [form.unit(stage) for stage in (s, *inner)]
+    for k, (end, outputs) in enumerate(zip([*inner, t], tableau.weights(phi_at), strict=True)):
+        x_weights[:, k], part = form.exact_part(s, end)
+        scaled = total / form.norm(t) * form.norm(end) if classical else form.slope(end) * h
+        for j, weight in enumerate(outputs, start=1):
+            table[:, k, j] = scaled * weight
+        table[:, k, 0] = part - table[:, k, 1:].sum(1)
+        table[:, k] /= torch.stack(units, 1)
+    a, b = fold(x_weights, table)
+
+    def at_calls(name: str) -> Tensor:
+        calls = torch.stack([getattr(stage, name) for stage in (s, *inner)], 1)
+        return torch.cat([calls.flatten(), getattr(t, name)[-1:]])
+
+    grid = (at_calls("times"), at_calls("alpha"), at_calls("sigma"))
+    turns = len(h) * sum(
+        c < before for before, c in zip(tableau.positions[:-1], tableau.positions[1:], strict=True)
+    )
+    return Plan(*grid, a, b, predicts=predicts, scale=scale, turns=turns)
+
+
 def singlestep(
     schedule: Schedule,
     times: Tensor,
@@ -68,92 +165,33 @@ def singlestep(
     predicts: str,
     r1: float | None = None,
     r2: float | None = None,
+    scale: float = 1.0,
 ) -> Plan:
-    """Singlestep DPM-Solver in noise form, DPM-Solver++ in data form: orders 1, 2, 3, as many calls per step.
+    """Orders 1 to 4 at as many calls per step: DPM-Solver (noise form), DPM-Solver++ (data form), classical in theta (velocity form).
 
-    Order 2 is the paper's variant: weight phi_1 / (2 r1) of the stage.
+    Order 2 is the paper's variant: weight phi_1 / (2 r1) of the stage. Order 4 is Krogstad's.
     Source: Lu et al. 2022 (arXiv 2206.00927) and (arXiv 2211.01095), algorithm 1; see `dpm_solver`.
     """
-    choice("predicts", predicts, FORMS)
-    whole("order", order, 1, 3)
-    for name, value, least in (("r1", r1, 2), ("r2", r2, 3)):
-        if value is not None and order < least:
+    whole("order", order, 1, 4)
+    for name, value, least in (("r1", r1, (2, 3)), ("r2", r2, (3,))):
+        if value is not None and order not in least:
             raise ValueError(f"{name} = {value!r} has no use with order = {order}: leave it out")
-    if order == 1:
-        return explicit_exponential(schedule, times, predicts, (0.0,), lambda p: [[]])
     if order == 2:
-        c2 = _position("r1", 1 / 2 if r1 is None else r1)
-        return explicit_exponential(schedule, times, predicts, (0.0, c2), lambda p: [[], [p(1) / (2 * c2)]])
-    c2, c3 = _position("r1", 1 / 3 if r1 is None else r1), _position("r2", 2 / 3 if r2 is None else r2)
-    if not c2 < c3 or abs(c2 - 2 / 3) < 0.05:
-        raise ValueError(
-            f"r1 = {c2:g}, r2 = {c3:g}: order 3 needs r1 < r2 and r1 away from 2/3, where the weights grow without bound, e.g. r1=1/3, r2=2/3"
-        )
-
-    def weights(p: Phi) -> list[list[Tensor]]:
-        gamma = (3 * c3**2 - 2 * c3) / (c2 * (2 - 3 * c2))
-        b3 = p(2) / (gamma * c2 + c3)
-        return [[], [gamma * c2 * p(2, c2) + c3**2 / c2 * p(2, c3)], [gamma * b3, b3]]
-
-    return explicit_exponential(schedule, times, predicts, (0.0, c2, c3), weights)
+        tableau = tableaux.dpm_solver_2(position("r1", 1 / 2 if r1 is None else r1))
+    elif order == 3:
+        places = two_positions(r1=1 / 3 if r1 is None else r1, r2=2 / 3 if r2 is None else r2)
+        tableau = tableaux.third_order(*places)
+    else:
+        tableau = tableaux.euler if order == 1 else tableaux.krogstad
+    variable = NATURAL[predicts] if predicts == "velocity" else "half_logsnr"
+    return exponential_rk(schedule, times, tableau, predicts, variable, scale)
 
 
-def explicit_exponential(
-    schedule: Schedule,
-    times: Tensor,
-    predicts: str,
-    positions: Sequence[float],
-    weights: Callable[[Phi], list[list[Tensor]]],
-) -> Plan:
-    """Explicit exponential Runge-Kutta method, folded to rows.
-
-    Stage i stands at lam_s + c_i h and is the exact part over c_i h plus scale_i h sum_j a_ij m_j; the step's end likewise
-    with b_j. The first output takes what consistency leaves: a_i1 = c_i phi_1(c_i z) - sum_{j > 1} a_ij.
-    A step that touches infinite half log-SNR is taken with order 1.
-    Source: Hochbruck & Ostermann 2005 (doi 10.1137/040611434), section 2, with z = h (noise form) or -h (data form).
-
-    Args:
-        schedule: noise schedule.
-        times: outer steps, [steps + 1].
-        predicts: "noise" | "data".
-        positions: c_1 = 0, c_2, ..., each in [0, 1], not decreasing.
-        weights: from the phi-functions, the weights of outputs 2, 3, ... in stages 2, 3, ... and in the step's end.
-    """
-    levels = Levels.of(schedule, times)
-    infinite = reaches_infinity(levels)
-    stages = len(positions)
-    if stages > 1 and infinite.any():
-        pieces = []
-        for first_order, i, j in _runs(infinite):
-            tableau = ((0.0,), lambda p: [[]]) if first_order else (positions, weights)
-            pieces.append(explicit_exponential(schedule, levels.times[i : j + 1], predicts, *tableau))
-        return sum(pieces[1:], pieces[0])
-    s, t = levels[:-1], levels[1:]
-    h = t.half_logsnr - s.half_logsnr
-    inner = [Levels.at(schedule, schedule.time(s.half_logsnr + c * h)) if c < 1 else t for c in positions[1:]]
-
-    def phi_at(k: int, c: float = 1.0) -> Tensor:
-        return phi(k, RATE[predicts] * c * h)
-
-    x_weights, table = h.new_zeros(len(h), stages), h.new_zeros(len(h), stages, stages)
-    for k, (end, outputs) in enumerate(zip([*inner, t], weights(phi_at), strict=True)):
-        x_weights[:, k], total, scale = exact_part(predicts, s, end)
-        for j, weight in enumerate(outputs, start=1):
-            table[:, k, j] = scale * h * weight
-        table[:, k, 0] = total - table[:, k, 1:].sum(1)
-    a, b = fold(x_weights, table)
-
-    def at_calls(name: str) -> Tensor:
-        calls = torch.stack([getattr(stage, name) for stage in (s, *inner)], 1)
-        return torch.cat([calls.flatten(), getattr(t, name)[-1:]])
-
-    return Plan(at_calls("times"), at_calls("alpha"), at_calls("sigma"), a, b, predicts=predicts)
-
-
-def _position(name: str, value: float) -> float:
-    if not 0 < number(name, value) <= 1:
-        raise ValueError(f"{name} = {value}: expected a position within the step, 0 < {name} <= 1")
-    return float(value)
+def _half_logsnr(form: Form, place: Tensor) -> Tensor:
+    """The half log-SNR at a place of the form's variable."""
+    if form.variable == "half_logsnr":
+        return place
+    return -torch.log(place if form.variable == "sigma" else form.scale * torch.tan(place))
 
 
 def _runs(flags: Tensor) -> list[tuple[bool, int, int]]:

@@ -1,0 +1,367 @@
+"""DPM-Solver-v3: a linear part fitted to the model, per element of x; its statistics, estimated, saved, or of Gaussian data."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from solvers.arguments import positive, whole
+from solvers.grids import given
+from solvers.methods.exponential import GAUSS_POINTS, Levels
+from solvers.noise import Noise, as_source
+from solvers.plan import Plan
+from solvers.predictions import AnyModel, predictor
+from solvers.schedules import Schedule
+
+Fit = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # half log-SNR [K] -> (l, s, b), each [K, *D]
+NAMES = ("half_logsnr", "l", "s", "b")
+FORMAT = "diffusion-solvers statistics 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Statistics of a model at some half log-SNR; called, they are interpolated by the cubic through the four nearest.
+
+    Attributes:
+        half_logsnr: [M], increasing, M >= 4.
+        l: [M, *D]; the share of x in sigma eps(x) that is taken into the linear part.
+        s: [M, *D]; with f = (sigma eps - l x) / alpha, the slope of df / dlambda against f along the ODE.
+        b: [M, *D]; and its intercept.
+
+    Raises:
+        ValueError: shapes do not fit, a value is not finite, or half_logsnr does not increase.
+    """
+
+    half_logsnr: Tensor
+    l: Tensor  # noqa: E741
+    s: Tensor
+    b: Tensor
+
+    def __post_init__(self) -> None:
+        for name in NAMES:
+            object.__setattr__(self, name, getattr(self, name).detach().to("cpu", torch.float64))
+        nodes = len(self.half_logsnr)
+        for name in NAMES[1:]:
+            value = getattr(self, name)
+            if value.shape != self.l.shape or len(value) != nodes or not value.isfinite().all():
+                raise ValueError(
+                    f"{name} has shape {list(value.shape)}: expected finite [{nodes}, *D], of one shape for l, s and b"
+                )
+        if self.half_logsnr.ndim != 1 or nodes < 4 or not (self.half_logsnr.diff() > 0).all():
+            raise ValueError(f"half_logsnr = {self.half_logsnr}: expected at least 4 increasing numbers")
+
+    def __call__(self, half_logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(l, s, b) at half log-SNR [K], each [K, *D].
+
+        Raises:
+            ValueError: outside the range of the statistics.
+        """
+        nodes = self.half_logsnr
+        slack = 1e-6 * (nodes[-1] - nodes[0])
+        outside = (half_logsnr < nodes[0] - slack) | (half_logsnr > nodes[-1] + slack)
+        if outside.any():
+            raise ValueError(
+                f"half log-SNR {half_logsnr[outside][0]:g} is outside the statistics' range [{nodes[0]:g}, {nodes[-1]:g}]: estimate "
+                "them on times that reach as far as the grid"
+            )
+        first = (torch.searchsorted(nodes, half_logsnr.contiguous()) - 2).clamp(0, len(nodes) - 4)
+        at = first[:, None] + torch.arange(4, device="cpu")
+        away = half_logsnr[:, None] - nodes[at]
+        apart = nodes[at][:, :, None] - nodes[at][:, None, :]
+        eye = torch.eye(4, dtype=torch.bool, device="cpu")
+        weights = torch.where(eye, 1.0, away[:, None, :] / apart.masked_fill(eye, 1.0)).prod(2)
+        l, s, b = (torch.einsum("kj,kj...->k...", weights, v[at]) for v in (self.l, self.s, self.b))
+        return l, s, b
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, which is whole or not there at all."""
+        from_safetensors, path = _safetensors(), Path(path)
+        unfinished = path.with_name(f".unfinished-{path.name}")
+        try:
+            tensors = {name: getattr(self, name).contiguous() for name in NAMES}
+            from_safetensors.save_file(tensors, unfinished, {"format": FORMAT})
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Statistics":
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: not such a file.
+        """
+        from_safetensors = _safetensors()
+        try:
+            tensors = from_safetensors.load_file(path)
+        except from_safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+        if set(tensors) != set(NAMES):
+            raise ValueError(
+                f"{path} has {sorted(tensors)}: expected {sorted(NAMES)}, as Statistics.save writes them"
+            )
+        return Statistics(**tensors)
+
+
+def gaussian_statistics(mean: Tensor | float, variance: Tensor | float) -> Fit:
+    """The exact statistics of Gaussian data with independent elements: l = rho^2 / (variance + rho^2), s = 0, b = -mean dl / dlambda.
+
+    Also a fit for other data of known mean and variance, at no call of the model.
+    """
+    mean, variance = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mean, variance))
+    mean, variance = torch.broadcast_tensors(mean, variance)
+    if not ((variance > 0) & variance.isfinite() & mean.isfinite()).all():
+        raise ValueError(
+            f"mean = {mean!s:.60}, variance = {variance!s:.60}: expected finite numbers, the variance above 0"
+        )
+
+    def fit(half_logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = -2 * half_logsnr.reshape(-1, *[1] * variance.ndim) - torch.log(variance)
+        l = torch.sigmoid(z)  # noqa: E741
+        return l, torch.zeros_like(l), 2 * mean * l * torch.sigmoid(-z)
+
+    return fit
+
+
+def dpm_solver_v3(
+    schedule: Schedule, times: Tensor, statistics: Fit, order: int = 3, corrector: bool = True
+) -> Plan:
+    """DPM-Solver-v3: Adams and its corrector on what a fitted linear part and a fitted slope leave of the prediction.
+
+    Order p + 1 for p = 1, 2 and 3 for p = 3; without corrector p, 2 for p = 3; 1 call per step; ODE; mixture form, per element.
+    With N = sigma eps - l x, f = N / alpha, L = int l, S = int s and B = int e^{-S} b over the step, g = e^{-S} f - B is
+    constant where the fit is exact, and
+
+        x_t = alpha_t e^{-L_t} (x_s / alpha_s - int e^{L+S} (g + B) dlambda),
+
+    with the polynomial of g through the calls' N. Exact on Gaussian data with independent elements and their exact statistics.
+    Needs: statistics of the model; finite half log-SNR.
+    Source: Zheng et al. 2023 (arXiv 2310.13268), eq. 8 to 13 and algorithm 2. Differs: integrals by Gauss points of each step,
+    where the released code sums over the statistics' grid and moves the times onto it.
+
+    Args:
+        schedule: noise schedule.
+        times: [steps + 1].
+        statistics: (l, s, b) at half log-SNR [K], each [K, *D]: `estimate_statistics`, `gaussian_statistics`, or a function.
+        order: p, 1 to 3.
+        corrector: whether a step is corrected once the model is called at its end.
+    """
+    whole("order", order, 1, 3)
+    levels = Levels.of(schedule, times)
+    lam, alpha, sigma = levels.half_logsnr, levels.alpha, levels.sigma
+    if lam.isinf().any():
+        end = "start" if lam[0].isinf() else "stop"
+        raise ValueError(
+            f"the grid's {end} has infinite half log-SNR, where there are no statistics: give a {end} inside, e.g. sv.logsnr"
+        )
+    steps = [_Integrals.over(statistics, *pair) for pair in zip(lam[:-1], lam[1:], strict=True)]
+    l, _, _ = statistics(lam[:-1])  # noqa: E741
+    a, rows, shifts, change, shift = [], [], [], None, None
+    for i, step in enumerate(steps):
+        past = range(-1, -min(i + 1, order), -1)
+        weights, constant = _row(steps, lam, alpha, i, [0, *past])
+        ratio = alpha[i + 1] / alpha[i] * torch.exp(-step.linear)
+        row, offset = dict(weights), constant
+        if change is not None:  # the step before, corrected: x and what is missing of it
+            for node, weight in change.items():
+                row[node] = row.get(node, 0) + ratio * weight
+            offset = offset + ratio * shift
+        a, rows, shifts = [*a, ratio], [*rows, row], [*shifts, offset]
+        if corrector and i + 1 < len(steps):
+            better, better_constant = _row(steps, lam, alpha, i, [0, 1, *past])
+            change = {node: better[node] - weights.get(node, 0) for node in better}
+            shift = better_constant - constant
+    width = 1 + max(i - node for i, row in enumerate(rows) for node in row)
+    b = torch.stack(
+        [
+            torch.stack([torch.as_tensor(row.get(i - j, 0.0 * a[0])) for j in range(width)])
+            for i, row in enumerate(rows)
+        ]
+    )
+    mix = torch.stack([-_column(alpha[:-1], l) * l, _column(sigma[:-1], l) * (1 - l)], 1)
+    shift = torch.stack(shifts)
+    return Plan(levels.times, alpha, sigma, torch.stack(a), b, predicts="mixture", mix=mix, shift=shift)
+
+
+def estimate_statistics(
+    model: AnyModel,
+    schedule: Schedule,
+    x0: Tensor,
+    times: Tensor,
+    noise: Noise,
+    probes: int = 1,
+    delta: float = 0.01,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Statistics:
+    """The statistics of DPM-Solver-v3, from any model that can be differentiated and a batch of data or of its samples.
+
+    l = E diag(sigma d eps / dx), by Hutchinson's v (v^T d eps / dx) with random signs v; then s and b by least squares of
+    df / dlambda on f, the derivative along the ODE being a central difference over half log-SNR +- delta between DDIM steps.
+    Three calls and `probes` backward passes for every time and sample.
+    Source: Zheng et al. 2023 (arXiv 2310.13268), section 3.1 and appendix C.
+
+    Args:
+        model: (x [B, ...], t [B]) -> prediction of the noise, or a Model; read between its levels too.
+        schedule: noise schedule.
+        x0: data, or samples of the model, [n, *D], float32 or float64.
+        times: where to estimate, [M], M >= 4, strictly decreasing, with finite half log-SNR; the ends of the grids to be used and
+            about a hundred between them.
+        noise: an int seed, a torch.Generator or a noise source, for samples 0 .. n-1.
+        probes: sign vectors for each time and sample.
+        delta: half the span of the central difference.
+        batch_size: samples in a call.
+        progress: show a progress bar.
+
+    Returns:
+        Statistics on the host, float64.
+    """
+    positive(delta=delta)
+    whole("probes", probes, 1, 10**6)
+    whole("batch_size", batch_size, 1, 10**9)
+    levels = Levels.at(schedule, given(schedule, times))
+    lam = levels.half_logsnr
+    if len(lam) < 4 or lam.isinf().any():
+        raise ValueError(
+            f"times has {len(lam)} entries, half log-SNR from {lam[0]:g} to {lam[-1]:g}: expected at least 4, all finite"
+        )
+    source, noise_at = as_source(noise, len(x0)), predictor(model, schedule, "noise")
+    shape = [len(lam), *x0.shape[1:]]
+
+    def batches(m: int) -> list[tuple[Tensor, slice]]:
+        eps = source(m, x0)
+        x = float(levels.alpha[m]) * x0 + float(levels.sigma[m]) * eps
+        return [(x[i : i + batch_size], slice(i, i + batch_size)) for i in range(0, len(x), batch_size)]
+
+    l = torch.zeros(shape, dtype=torch.float64, device="cpu")  # noqa: E741
+    for m in tqdm(range(len(lam)), disable=not progress, desc="l", unit="time"):
+        signs = [source(len(lam) + m * probes + k, x0).sign() for k in range(probes)]
+        for x, part in batches(m):
+            with torch.enable_grad():
+                x.requires_grad_()
+                eps = noise_at(x, levels.times[m])
+                for k, v in enumerate(signs):
+                    (g,) = torch.autograd.grad(eps, x, v[part], retain_graph=k + 1 < probes)
+                    l[m] += _host(v[part] * g).sum(0) * levels.sigma[m]
+    l /= len(x0) * probes
+    known = Statistics(lam, l, torch.zeros_like(l), torch.zeros_like(l))
+
+    sums = torch.zeros(4, *shape, dtype=torch.float64, device="cpu")
+    for m in tqdm(range(len(lam)), disable=not progress, desc="s, b", unit="time"):
+        near = torch.stack([(lam[m] - delta).clamp(min=lam[0]), (lam[m] + delta).clamp(max=lam[-1])])
+        ends = Levels.at(schedule, schedule.time(near))
+        here = levels[m : m + 1]
+        for x, _ in batches(m):
+            with torch.no_grad():
+                eps = noise_at(x, levels.times[m])
+                f = _host(levels.sigma[m] * eps - l[m].to(x) * x) / levels.alpha[m]
+                values = []
+                for k in range(2):
+                    ratio = ends.alpha[k] / here.alpha[0]
+                    moved = float(ratio) * x + float(ends.sigma[k] - ratio * here.sigma[0]) * eps
+                    share = known(near[k : k + 1])[0][0].to(x)
+                    values.append(
+                        _host(float(ends.sigma[k]) * noise_at(moved, ends.times[k]) - share * moved)
+                        / ends.alpha[k]
+                    )
+                slope = (values[1] - values[0]) / (near[1] - near[0])
+            sums[:, m] += torch.stack([f.sum(0), slope.sum(0), (f * f).sum(0), (f * slope).sum(0)])
+    mean, mean_slope, square, product = sums / len(x0)
+    variance = square - mean**2
+    varies = variance > 1e-9 * square
+    s = torch.where(varies, (product - mean * mean_slope) / torch.where(varies, variance, 1.0), 0.0)
+    return Statistics(lam, l, s, mean_slope - s * mean)
+
+
+@dataclass(frozen=True)
+class _Integrals:
+    """Over one step, from its start: L = int l, S = int s, B = int e^{-S} b at its end, and what weighs polynomials."""
+
+    h: Tensor
+    linear: Tensor  # L, [*D]
+    slope: Tensor  # S, [*D]
+    offset: Tensor  # B, [*D]
+    kernel: Tensor  # e^{L+S} at the Gauss points, [G, *D]
+    constant: Tensor  # int e^{L+S} B dlambda, [*D]
+
+    @staticmethod
+    def over(statistics: Fit, start: Tensor, end: Tensor) -> "_Integrals":
+        h = end - start
+        l, s, b = statistics(start + h * POINTS)  # noqa: E741
+        running = h * CUMULATIVE  # [G + 1, G]: to each Gauss point, and to the end
+        linear, slope = (torch.tensordot(running, v, 1) for v in (l, s))
+        offset = torch.tensordot(running, torch.exp(-slope[:-1]) * b, 1)
+        kernel = torch.exp(linear[:-1] + slope[:-1])
+        constant = h * torch.tensordot(CUMULATIVE[-1], kernel * offset[:-1], 1)
+        return _Integrals(h, linear[-1], slope[-1], offset[-1], kernel, constant)
+
+    def moment(self, k: int) -> Tensor:
+        """int e^{L+S} ((lambda - lambda_s) / h)^k dlambda, [*D]."""
+        return self.h * torch.tensordot(CUMULATIVE[-1] * POINTS**k, self.kernel, 1)
+
+
+def _row(
+    steps: list[_Integrals], lam: Tensor, alpha: Tensor, i: int, nodes: list[int]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """The weights of N by call, and the constant, of step i with g's polynomial through the nodes i + n."""
+    step = steps[i]
+    slopes, offsets = (
+        {0: torch.zeros_like(step.slope), 1: step.slope},
+        {0: torch.zeros_like(step.slope), 1: step.offset},
+    )
+    for n in range(-1, min(nodes) - 1, -1):
+        before = steps[i + n]
+        slopes[n] = slopes[n + 1] - before.slope
+        offsets[n] = offsets[n + 1] - torch.exp(before.slope - slopes[n + 1]) * before.offset
+    weights = [step.moment(0)]
+    if len(nodes) > 1:
+        ratios = (lam[[i + n for n in nodes[1:]]] - lam[i]) / step.h
+        moments = torch.stack([step.moment(k) for k in range(1, len(nodes))])
+        powers = ratios ** torch.arange(1, len(nodes), device="cpu")[:, None]
+        others = torch.linalg.solve(powers, moments.reshape(len(ratios), -1)).reshape(moments.shape)
+        weights = [weights[0] - others.sum(0), *others]
+    scale = -alpha[i + 1] * torch.exp(-step.linear)
+    table = {
+        i + n: scale * w * torch.exp(-slopes[n]) / alpha[i + n] for n, w in zip(nodes, weights, strict=True)
+    }
+    return table, scale * (step.constant - sum(w * offsets[n] for n, w in zip(nodes, weights, strict=True)))
+
+
+def _cumulative() -> tuple[Tensor, Tensor]:
+    """Gauss points on [0, 1], [G], and the weights that integrate a function of them from 0 to each and to 1, [G + 1, G]."""
+    points, weights = np.polynomial.legendre.leggauss(GAUSS_POINTS)
+    degrees = np.arange(GAUSS_POINTS)
+    values = np.polynomial.legendre.legvander(np.append(points, 1.0), GAUSS_POINTS)
+    coefficients = (
+        (degrees[:, None] + 0.5) * values[:-1, :-1].T * weights
+    )  # of the Legendre series, [degree, G]
+    below = np.hstack([-np.ones((len(values), 1)), values[:, :-2]])  # P_{k-1}, with P_{-1} = -1
+    integrals = (values[:, 1:] - below) / (2 * degrees + 1)
+    return torch.from_numpy((points + 1) / 2), torch.from_numpy(integrals @ coefficients / 2)
+
+
+POINTS, CUMULATIVE = _cumulative()
+
+
+def _column(level: Tensor, like: Tensor) -> Tensor:
+    return level.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _host(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", torch.float64)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch as from_safetensors
+    except ImportError as error:
+        raise ImportError(
+            "statistics are saved as safetensors: pip install 'diffusion-solvers[files]'"
+        ) from error
+    return from_safetensors

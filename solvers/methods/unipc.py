@@ -1,0 +1,114 @@
+"""Predictor-corrector: UniPC, and its corrector on top of any multistep plan."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from solvers.arguments import choice, numbers, whole
+from solvers.methods.exponential import Form, Levels
+from solvers.methods.multistep import MAX_ORDER, VARIANTS, adams, adams_weights, orders_of_steps
+from solvers.plan import Plan, stacked
+from solvers.schedules import Schedule
+
+
+def unipc(
+    schedule: Schedule,
+    times: Tensor,
+    order: int = 3,
+    variant: str = "bh2",
+    predicts: str = "data",
+    corrector: bool = True,
+    start: str = "ramp",
+    final: str = "full",
+) -> Plan:
+    """UniPC: an exponential Adams predictor and, once the model is called at its end, a corrector that has that call too.
+
+    Order p + 1 for p = 1, 2; p + 1 for p = 3, 4 with start = "singlestep", else 3; without corrector p, or 2 by a ramp;
+    1 call per step; ODE; noise, data or velocity form. start = "singlestep" takes the first p - 2 steps by singlestep methods
+    of order p. The last step is not corrected, which would cost a call.
+    Source: Zhao et al. 2023 (arXiv 2302.04867), algorithms 1 and 2. Differs: the released "vary_coeff" corrector leaves the
+    new call out of all but one of its equations and is of first order; here it is the exact Adams-Moulton corrector.
+
+    Args:
+        schedule: noise schedule.
+        times: [steps + 1].
+        order: p, 1 to 4.
+        variant: "bh1" | "bh2" | "vary_coeff", which differ where a row has one other call (first and second order steps).
+        predicts: "noise" | "data" | "velocity".
+        corrector: False for UniP alone.
+        start: "ramp" | "singlestep".
+        final: "full" | "lower"; "lower" ends with predictors of orders p - 1, ..., 1.
+    """
+    whole("order", order, 1, 4)
+    starting = (order - 2, order) if corrector else None
+    plan = adams(
+        schedule, times, order, Form(predicts), start, final, choice("variant", variant, VARIANTS), starting
+    )
+    return corrected(plan, order, variant, times) if corrector else plan
+
+
+def corrected(plan: Plan, order: int, variant: str = "bh2", times: Tensor | None = None) -> Plan:
+    """A multistep plan, each of its steps corrected once the model has been called at its end (PEC), at no further call.
+
+    Order p + 1 for a predictor of order p or p + 1 and a corrector of order p; 1 call per step; ODE; form of the plan. x at
+    call i is the predicted state; with the predictor's weights P and the corrector's C of the step before, row i becomes
+
+        x <- a_i (x + sum_j (C - P)_{i-1,j} m_{i-j}) + sum_j P_ij m_{i-j},
+
+    since the weight of x cancels: order + 1 columns.
+    Source: UniC of Zhao et al. 2023 (arXiv 2302.04867), algorithm 1.
+
+    Args:
+        plan: noise, data or velocity form; a step that makes one call is corrected, a step of several is not.
+        order: p, the number of calls before the new one that the corrector reads; fewer in the first steps.
+        variant: "bh1" | "bh2" | "vary_coeff", of corrections that read one call before the new one.
+        times: the outer steps of a plan that begins with singlestep steps; None: every row is a step.
+
+    Returns:
+        The corrected plan: the same grid, calls and form.
+
+    Raises:
+        ValueError: the plan is stochastic, a mixture, or times are not in it.
+    """
+    whole("order", order, 1, MAX_ORDER)
+    choice("variant", variant, VARIANTS)
+    if plan.is_stochastic or plan.predicts == "mixture" or plan.shift.numel():
+        raise ValueError(
+            f"a plan in {plan.predicts} form, stochastic = {plan.is_stochastic}: expected a deterministic one in noise, data or velocity form"
+        )
+    calls = _calls_of_steps(plan, times)
+    ends = torch.cat([calls, calls.new_tensor([plan.nfe])])
+    levels = Levels(plan.times[ends], plan.alpha[ends], plan.sigma[ends], plan.half_logsnr[ends])
+    form = Form(plan.predicts, scale=plan.scale)
+    orders = orders_of_steps(levels, form, order)
+    alone = ((ends.diff() == 1) & ~form.is_infinite(levels))[
+        :-1
+    ].tolist()  # the last step has no call at its end
+    steps = [i for i, one_call in enumerate(alone) if one_call]
+    width = max([plan.window, *(1 + int(calls[i + 1] - calls[i + 1 - orders[i]]) for i in steps)])
+    change = plan.b.new_zeros(plan.nfe, width + 1)  # C - P of the step before each row
+    for q in {orders[i] for i in steps}:
+        rows = torch.tensor([i for i in steps if orders[i] == q], device="cpu")
+        offsets = [0, 1, *range(-1, -q, -1)]
+        weights = adams_weights(None, form, levels, rows, offsets, variant)
+        end = calls[rows + 1]
+        nodes = rows[:, None] + torch.tensor(offsets, device="cpu")
+        change[end[:, None], end[:, None] - calls[nodes]] = weights
+        change[end, 1 : 1 + plan.window] -= plan.b[end - 1]
+    b = stacked(plan.b, plan.b.new_zeros(0, width + 1)) + plan.a[:, None] * change
+    used = int((b != 0).any(0).nonzero().max()) + 1
+    return dataclasses.replace(plan, b=b[:, :used])
+
+
+def _calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
+    """The number of the call that begins each step: the last one at its time, as a stage may stand there before it."""
+    if times is None:
+        return torch.arange(plan.nfe, device="cpu")
+    outer = numbers("times", times)[:-1]
+    there = plan.times[:-1] == outer[:, None]
+    if not there.any(1).all():
+        raise ValueError(
+            f"times[{int((~there.any(1)).nonzero()[0])}] is not among the times of the plan's calls: give the times it was built on"
+        )
+    return (there * torch.arange(plan.nfe, device="cpu")).amax(1)
