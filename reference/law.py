@@ -26,6 +26,10 @@ def law(plan: Plan, data: Gaussian, start: Gaussian | None = None) -> Gaussian:
             f"data is {type(data).__name__}: a law is exact on Gaussian data alone; take data.moments of a mixture, or "
             "measure with trajectory_errors"
         )
+    if plan.element_shape:
+        raise ValueError(
+            f"the plan's coefficients are per element {list(plan.element_shape)}, and a law goes by eigen-direction: run the plan"
+        )
     if start is None:
         start = data.marginal(plan.alpha[0].item(), plan.sigma[0].item())
     mean, v = data.mean.flatten() @ data.basis, data.variances
@@ -36,15 +40,18 @@ def law(plan: Plan, data: Gaussian, start: Gaussian | None = None) -> Gaussian:
     )  # mean, gain of x_init, gain of every draw
     x[0], x[1] = start.mean.flatten() @ data.basis, 1.0
     outputs: list[torch.Tensor] = []  # the newest first
-    for i, (alpha, sigma) in enumerate(zip(plan.alpha[:-1], plan.sigma[:-1], strict=True)):
-        forms = {"noise": (1.0, 0.0), "data": (0.0, 1.0), "velocity": (alpha, -sigma)}
-        of_noise, of_data = forms[plan.predicts]
+    ones = torch.ones_like(mean) @ data.basis  # a shift is the same number for every element
+    for i, (alpha, sigma, of_data, of_noise) in enumerate(
+        zip(plan.alpha[:-1], plan.sigma[:-1], *plan.mixture(), strict=True)
+    ):
         centred = x.clone()
         centred[0] -= alpha * mean
         output = ratio(of_noise * sigma + of_data * alpha * v, alpha**2 * v + sigma**2) * centred
         output[0] += of_data * mean
         outputs = [output, *outputs[: window - 1]]
         x = plan.a[i] * x + sum(b * output for b, output in zip(plan.b[i], outputs, strict=False))
+        if plan.shift.numel():
+            x[0] += plan.shift[i] * ones
         for k in range(min(i + 1, plan.c.shape[1])):
             x[2 + i - k] += plan.c[i, k]
     gain = data.basis * x[1] @ data.basis.T

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import exp, factorial, inf
+from math import cosh, exp, factorial, inf, log
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,23 +107,30 @@ def row_defects(
 ) -> Tensor:
     """What the last step of a plan gets wrong when the prediction is (lambda - lambda_s)^k, [degree + 1], k = 0..
 
-    The outer steps have lengths h * steps in half log-SNR (steps[-1] = 1 makes the last one h) and the last begins
+    In velocity form it is velocity / sqrt(scale^2 alpha^2 + sigma^2) that is a power. The outer steps have lengths h * steps in half log-SNR (steps[-1] = 1 makes the last one h) and the last begins
     at lambda_s = half_logsnr; give as many steps as the method looks back, and one. State and history are exact, and
     the prediction depends on time alone, so this is the order of the weights as a quadrature: what multistep methods
     need, and necessary for the others. An exact weight leaves rounding. A row with a folded corrector answers for
     its predictor.
     """
     plan, first = _last_step(build, schedule, half_logsnr, steps, h)
-    if plan.predicts not in ("noise", "data"):
-        raise ValueError(f"plan.predicts = {plan.predicts!r}, expected 'noise' or 'data'")
+    if plan.predicts == "mixture":
+        raise ValueError(
+            "a mixture says nothing of its linear part, so what its rows should integrate is not known"
+        )
     away = (plan.alpha[:-1] / plan.sigma[:-1]).log() - half_logsnr
+    norm = torch.hypot(plan.scale * plan.alpha, plan.sigma)
     defects = []
     for k in range(degree + 1):
-        end = _run_from(plan, first, torch.ones((), dtype=torch.float64), _prescribed(away**k))
+        outputs = away**k * norm[:-1] if plan.predicts == "velocity" else away**k
+        end = _run_from(plan, first, torch.ones((), dtype=torch.float64), _prescribed(outputs))
         if plan.predicts == "noise":
             exact = plan.alpha[-1] / plan.alpha[first] - plan.sigma[-1] * _moment(k, h * steps[-1], 1)
-        else:
+        elif plan.predicts == "data":
             exact = plan.sigma[-1] / plan.sigma[first] + plan.alpha[-1] * _moment(k, h * steps[-1], -1)
+        else:
+            turn = _turn_moment(k, h * steps[-1], half_logsnr + log(plan.scale))
+            exact = norm[-1] * (1 / norm[first] + turn)
         defects.append(end - exact)
     return torch.stack(defects)
 
@@ -201,3 +208,10 @@ def _moment(k: int, h: float, c: int) -> float:
     if c == 1:
         return sum(h ** (k + 1 + j) * factorial(k) / factorial(k + 1 + j) for j in range(60))
     return exp(-h) * sum(h ** (k + 1 + j) / (factorial(j) * (k + 1 + j)) for j in range(60))
+
+
+def _turn_moment(k: int, h: float, z: float) -> float:
+    """int_0^h u^k dtheta(z + u) with theta(z) = arctan(e^-z), so dtheta = -du / (2 cosh(z + u)), by Simpson's rule on 2000 steps."""
+    n = 2000
+    values = [(i * h / n) ** k / (-2 * cosh(z + i * h / n)) for i in range(n + 1)]
+    return h / n / 3 * (values[0] + values[-1] + 4 * sum(values[1::2]) + 2 * sum(values[2:-1:2]))

@@ -331,11 +331,11 @@ class Plan:
             raise ValueError(
                 f"mix has shape {list(self.mix.shape)}: expected weights with predicts = 'mixture', and with it alone"
             )
-        for name, shape in (("mix", [rows, 2]), ("shift", [rows])):
-            array, expected = getattr(self, name), [*shape, *self.element_shape]
-            if array.numel() and list(array.shape) != expected:
+        for name, own in (("mix", [rows, 2]), ("shift", [rows])):
+            array, wanted = getattr(self, name), [*own, *self.element_shape]
+            if array.numel() and list(array.shape) != wanted:
                 raise ValueError(
-                    f"{name} has shape {list(array.shape)}: expected {expected}, as a has {rows} rows"
+                    f"{name} has shape {list(array.shape)}: expected {wanted}, as a has {rows} rows"
                 )
 
     def _check_values(self) -> None:

@@ -1,7 +1,7 @@
 """A plan's rows as the executor takes them: the model's prediction folded in, applied in as few passes as can be."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,9 @@ from torch import Tensor
 from solvers.plan import Plan, nonzero
 from solvers.predictions import Model, conversion
 
-ScaledAdd = tuple[Tensor, float, Tensor, float]  # (y, scale, u, weight): y <- scale y + weight u, in place
+ScaledAdd = tuple[
+    Tensor, Any, Tensor, Any
+]  # (y, scale, u, weight), numbers: y <- scale y + weight u, in place
 PIECE = 2**18  # elements of a state that a CPU's cache holds several times over
 ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 

@@ -33,7 +33,7 @@ PROBLEMS = {"line": line(), "eight": eight()}
 
 
 @functools.cache
-def starts(problem, span, n=256):
+def starts(problem, span, n=64):
     """Exact states at the first time of a span: alpha x_0 + sigma eps, [n, d] float64."""
     data = PROBLEMS[problem]
     noise = torch.randn(n, *data.shape, dtype=torch.float64, generator=generator(3))

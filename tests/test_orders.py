@@ -1,16 +1,35 @@
 """Every method has the order it declares: in each row, in one step and along trajectories."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import solvers as sv
 from problems import FULL, NARROW, PROBLEMS, VP, exact, starts
 from reference import even, local_errors, row_defects, row_order, slopes, uneven
-from reference.orders import grid
-from solvers.methods import METHODS
+from reference.orders import PATTERN, grid
+from solvers.methods import METHODS, tableaux
 
 COUNTS = {NARROW: (128, 256, 512), FULL: (256, 512, 1024)}
 SHAPE = [1.0, 2.0, 1.5, 0.8, 1.6]  # of the outer steps before and with the one examined
+RAMPED = {name for name in METHODS if name.endswith("_ramp")}
+CORRECTED = {
+    name for name in METHODS if name.startswith("unipc")
+}  # in one step a corrected row shows its predictor
+UNFOLDED = {
+    "obelm",
+    "dpm_solver_v3_1",
+    "dpm_solver_v3_2",
+}  # rows that are no quadrature: their start or a linear part is in them
+BETTER_QUADRATURE = {"etdrk3", "rho_kutta3"}  # Simpson's rule, of order 4
+ROWS = [name for name in METHODS if name not in RAMPED | UNFOLDED]
+
+
+def row_order_of(name):
+    """The order that a row has on steps of SHAPE."""
+    method = METHODS[name]
+    return (method.uneven_order or method.order) - (name in CORRECTED)
 
 
 def rms(plan, problem, span):
@@ -18,30 +37,41 @@ def rms(plan, problem, span):
     return (end - exact(problem, span)).square().mean().sqrt()
 
 
-def trajectory_slopes(build, problem, span, spacing):
-    return slopes([rms(build(VP, grid(VP, *span, spacing(n))), problem, span) for n in COUNTS[span]])
+def trajectory_slopes(build, problem, span, spacing, halved=0):
+    """With uneven steps the pattern always ends on the same step, which of a predictor-corrector is the one not corrected."""
+    counts = [n >> halved for n in COUNTS[span]]
+    if spacing is uneven:
+        counts = [n - n % len(PATTERN) + 1 for n in counts]
+    return slopes([rms(build(VP, grid(VP, *span, spacing(n))), problem, span) for n in counts])
 
 
 @pytest.mark.parametrize("spacing", [even, uneven])
-@pytest.mark.parametrize("span", [NARROW, FULL], ids=["narrow", "full"])
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize(
+    ("problem", "span"),
+    [("line", NARROW), ("line", FULL), ("eight", NARROW)],
+    ids=["line", "line full", "eight"],
+)
 @pytest.mark.parametrize("name", METHODS)
 def test_trajectories_have_the_declared_order(name, problem, span, spacing):
-    if name.endswith("_ramp") and span == FULL:
-        pytest.skip(
-            "the data prediction hardly varies at the noisy end, so the ramp's second order shows only later"
-        )
+    """In 1 and 8 dimensions, on half log-SNR -1 to 3 and on the whole range, with steps that are even and that never settle."""
+    if name in RAMPED and span == FULL:
+        pytest.skip("the prediction hardly varies at the noisy end, so the order of a ramp shows only later")
     method = METHODS[name]
-    tolerance = 0.15 if spacing is even else 0.3
-    measured = trajectory_slopes(method.build, problem, span, spacing)
-    assert (measured - method.order).abs().max() <= tolerance, measured
+    order, tolerance = (method.order, 0.15) if spacing is even else (method.uneven_order or method.order, 0.3)
+    measured = trajectory_slopes(method.build, problem, span, spacing, halved=order > 3 and span == NARROW)
+    if order > 3:  # whose errors fall below 1e-9 soon after they have begun to fall as they should
+        measured, tolerance = measured[-1], 0.3
+    elif name in RAMPED:  # which come down to their order from that of their rows
+        tolerance = 0.3
+    assert (measured - order).abs().max() <= tolerance, measured
 
 
-@pytest.mark.parametrize("predicts", ["noise", "data"])
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity"])
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_adams_rows_integrate_polynomials_below_their_order_exactly(order, predicts):
     def build(schedule, times):
-        return sv.exponential_adams(schedule, times, order, predicts)
+        scale = 0.6 if predicts == "velocity" else 1.0
+        return sv.exponential_adams(schedule, times, order, predicts, scale=scale)
 
     shape = [*SHAPE, 0.9, 1.3, 1.0]
     assert row_defects(build, VP, 0.5, shape, 0.25, degree=order - 1).abs().max() < 1e-11
@@ -49,22 +79,92 @@ def test_adams_rows_integrate_polynomials_below_their_order_exactly(order, predi
     assert slopes(next_power).item() == pytest.approx(order + 1, abs=0.25)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.endswith("_ramp")])
+@pytest.mark.parametrize("variable", ["half_logsnr", "t", "sigma", "angle"])
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity"])
+@pytest.mark.parametrize("order", [2, 3, 4, 5])
+def test_adams_keeps_its_order_in_every_form_and_variable(order, predicts, variable):
+    def build(schedule, times):
+        scale = 0.7 if predicts == "velocity" else 1.0
+        return sv.exponential_adams(schedule, times, order, predicts, variable, scale, start="singlestep")
+
+    measured = trajectory_slopes(build, "line", NARROW, uneven, halved=1)
+    assert measured[-1] == pytest.approx(order, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_each_row_has_the_declared_order(name):
     """As a quadrature: the defect of the last step falls as h^(order + 1) for prescribed powers of half log-SNR."""
-    method = METHODS[name]
-    assert row_order(method.build, VP, 0.5, SHAPE, 0.02, degree=method.order) == pytest.approx(
-        method.order, abs=0.15
-    )
+    order = row_order_of(name)
+    measured = row_order(METHODS[name].build, VP, 0.5, SHAPE, 0.02, degree=order)
+    assert measured == pytest.approx(order, abs=0.15 if order < 4 else 0.3) or name in BETTER_QUADRATURE
+    assert measured > order - 0.3
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.endswith("_ramp")])
+@pytest.mark.parametrize("name", ROWS)
 def test_one_step_from_exact_history_has_local_order_one_higher(name):
-    method = METHODS[name]
     data = PROBLEMS["line"]
     x = torch.tensor([[-1.3], [-0.3], [0.4], [1.2]], dtype=torch.float64)
-    errors = local_errors(method.build, data, VP, x, 0.5, SHAPE, [2.0**-k for k in (4, 5, 6)])
-    assert slopes(errors)[-1] == pytest.approx(method.order + 1, abs=0.2)
+    errors = local_errors(METHODS[name].build, data, VP, x, 0.5, SHAPE, [2.0**-k for k in (4, 5, 6)])
+    order = row_order_of(name)
+    assert slopes(errors)[-1] == pytest.approx(order + 1, abs=0.2 if order < 4 else 0.35)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity"])
+def test_a_corrector_of_order_p_raises_a_predictor_of_order_p_by_one(predicts, order):
+    measured = []
+    for corrector in (False, True):
+        build = partial(sv.unipc, order=order, predicts=predicts, corrector=corrector, start="singlestep")
+        measured.append(
+            trajectory_slopes(build, "line", NARROW, even, halved=1 if order < 4 else 2)[-1].item()
+        )
+    assert measured == pytest.approx([order, order + 1], abs=0.25)
+
+
+def test_a_ramp_costs_a_third_order_predictor_corrector_one_order():
+    """Its first step, corrected with one call before, has local error h^3."""
+    measured = trajectory_slopes(partial(sv.unipc, order=3), "line", NARROW, even)
+    assert measured[-1] == pytest.approx(3, abs=0.15)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_equal_step_weights_have_their_order_where_steps_of_sigma_are_equal_alone(order):
+    """iPNDM: order `order` in the rows of an even grid in sigma; 2 in the limit of a smooth grid; 1 where steps never settle."""
+    edm = sv.EDM()
+    x = torch.tensor([[-1.3], [-0.3], [0.4], [1.2]], dtype=torch.float64)
+    shape = torch.ones(6, dtype=torch.float64)
+    data, errors = PROBLEMS["line"], []
+    for h in (0.02, 0.01):
+        times = 1.0 - h * (shape.cumsum(0) - shape)
+        plan = sv.ipndm(edm, times, order)
+        model, state = data.model(edm), data.flow(x, edm, 1.0, float(times[-2]))
+        past = [model(data.flow(x, edm, 1.0, float(t)), t.expand(4)) for t in times[:-1]]
+        end = plan.a[-1] * state + sum(plan.b[-1, j] * past[-1 - j] for j in range(order))
+        errors.append((end - data.flow(x, edm, 1.0, float(times[-1]))).abs().max())
+    assert slopes(errors)[0] > order + 0.75
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 2 / 3, 1.0])
+def test_every_member_of_heuns_family_has_order_two(alpha):
+    measured = trajectory_slopes(partial(sv.heun, alpha=alpha), "line", NARROW, uneven)
+    assert measured[-1] == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "tableau", ["second_order", "third_order", "etdrk3", "etdrk4", "krogstad", "hochbruck_ostermann"]
+)
+@pytest.mark.parametrize(
+    ("predicts", "variable"),
+    [("noise", "half_logsnr"), ("data", "half_logsnr"), ("noise", "sigma"), ("velocity", "angle")],
+)
+def test_a_tableau_has_its_order_in_every_form(tableau, predicts, variable):
+    made = getattr(tableaux, tableau)
+    made = {"second_order": lambda: made(0.4), "third_order": lambda: made(0.4, 0.9)}.get(
+        tableau, lambda: made
+    )()
+    order = {"second_order": 2, "third_order": 3, "etdrk3": 3}.get(tableau, 4)
+    build = partial(sv.exponential_rk, tableau=made, predicts=predicts, variable=variable)
+    assert trajectory_slopes(build, "line", NARROW, uneven, halved=1)[-1] == pytest.approx(order, abs=0.25)
 
 
 @pytest.mark.parametrize(("r1", "r2"), [(0.2, 0.5), (0.4, 0.9), (0.5, 1.0), (1 / 3, 2 / 3)])
@@ -81,12 +181,10 @@ def test_second_order_singlestep_holds_for_every_r1(r1):
 
 def test_papers_third_order_weights_are_second_order_away_from_two_thirds():
     """Why `dpm_solver` does not use them at other r2: the stage's own error no longer cancels."""
-    from solvers.methods.singlestep import explicit_exponential
 
     def papers(r2):
-        return lambda schedule, times: explicit_exponential(
-            schedule, times, "noise", (0, 1 / 3, r2), lambda p: [[], [3 * r2**2 * p(2, r2)], [0, p(2) / r2]]
-        )
+        tableau = tableaux.Tableau((0, 1 / 3, r2), lambda p: [[], [3 * r2**2 * p(2, r2)], [0, p(2) / r2]])
+        return partial(sv.exponential_rk, tableau=tableau, predicts="noise")
 
     away = trajectory_slopes(papers(0.9), "line", NARROW, even)
     there = trajectory_slopes(papers(2 / 3), "line", NARROW, even)
@@ -95,7 +193,7 @@ def test_papers_third_order_weights_are_second_order_away_from_two_thirds():
 
 
 @pytest.mark.parametrize("order", [3, 4])
-@pytest.mark.parametrize("predicts", ["noise", "data"])
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity"])
 def test_a_ramp_costs_the_order_that_a_singlestep_start_keeps(order, predicts):
     def build(start):
         return lambda s, t: sv.exponential_adams(s, t, order, predicts, start=start)

@@ -120,10 +120,10 @@ METHODS: dict[str, Method] = {
     "rho_rk4": _rk(tableaux.etdrk4, 4, "noise", "sigma"),
     "angle_rk4": _rk(tableaux.etdrk4, 4, "velocity", "angle"),
     "dpm_solver_v3_1": Method(
-        partial(dpm_solver_v3, statistics=gaussian_statistics(0.0, 1.0), order=1), 2, 1
+        partial(dpm_solver_v3, statistics=gaussian_statistics(0.0, 0.5), order=1), 2, 1
     ),
     "dpm_solver_v3_2": Method(
-        partial(dpm_solver_v3, statistics=gaussian_statistics(0.0, 1.0), order=2), 3, 1
+        partial(dpm_solver_v3, statistics=gaussian_statistics(0.0, 0.5), order=2), 3, 1
     ),
     "obelm": Method(obelm, 2, 1),
 }

@@ -346,11 +346,11 @@ def at_columns(weights: Tensor, calls: Tensor, started: int) -> Tensor:
 
 def behind(head: Plan, levels: Levels, started: int, a: Tensor, b: Tensor) -> Plan:
     """The rows (a, b), which read calls of the head, behind the head, which takes the first `started` steps."""
-    grid = (
+    times, alpha, sigma = (
         torch.cat([getattr(head, n)[:-1], getattr(levels, n)[started:]]) for n in ("times", "alpha", "sigma")
     )
     a, b = torch.cat([head.a, a]), stacked(head.b, b)
-    return Plan(*grid, a, b, predicts=head.predicts, scale=head.scale, turns=head.turns)
+    return Plan(times, alpha, sigma, a, b, predicts=head.predicts, scale=head.scale, turns=head.turns)
 
 
 def _equal_steps(orders: list[int]) -> Tensor:

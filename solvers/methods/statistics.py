@@ -39,7 +39,7 @@ class Statistics:
     """
 
     half_logsnr: Tensor
-    l: Tensor  # noqa: E741
+    l: Tensor
     s: Tensor
     b: Tensor
 
@@ -114,17 +114,18 @@ def gaussian_statistics(mean: Tensor | float, variance: Tensor | float) -> Fit:
 
     Also a fit for other data of known mean and variance, at no call of the model.
     """
-    mean, variance = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (mean, variance))
-    mean, variance = torch.broadcast_tensors(mean, variance)
-    if not ((variance > 0) & variance.isfinite() & mean.isfinite()).all():
+    mu, v = torch.broadcast_tensors(
+        *(torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (mean, variance))
+    )
+    if not ((v > 0) & v.isfinite() & mu.isfinite()).all():
         raise ValueError(
             f"mean = {mean!s:.60}, variance = {variance!s:.60}: expected finite numbers, the variance above 0"
         )
 
     def fit(half_logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z = -2 * half_logsnr.reshape(-1, *[1] * variance.ndim) - torch.log(variance)
-        l = torch.sigmoid(z)  # noqa: E741
-        return l, torch.zeros_like(l), 2 * mean * l * torch.sigmoid(-z)
+        z = -2 * half_logsnr.reshape(-1, *[1] * v.ndim) - torch.log(v)
+        l = torch.sigmoid(z)
+        return l, torch.zeros_like(l), 2 * mu * l * torch.sigmoid(-z)
 
     return fit
 
@@ -161,32 +162,22 @@ def dpm_solver_v3(
             f"the grid's {end} has infinite half log-SNR, where there are no statistics: give a {end} inside, e.g. sv.logsnr"
         )
     steps = [_Integrals.over(statistics, *pair) for pair in zip(lam[:-1], lam[1:], strict=True)]
-    l, _, _ = statistics(lam[:-1])  # noqa: E741
-    a, rows, shifts, change, shift = [], [], [], None, None
-    for i, step in enumerate(steps):
+    a = torch.stack([torch.exp(-step.linear) for step in steps])
+    a = _column(alpha[1:] / alpha[:-1], a) * a
+    b, shift = a.new_zeros(len(a), order + corrector, *a.shape[1:]), torch.zeros_like(a)
+    for i in range(len(steps)):
         past = range(-1, -min(i + 1, order), -1)
         weights, constant = _row(steps, lam, alpha, i, [0, *past])
-        ratio = alpha[i + 1] / alpha[i] * torch.exp(-step.linear)
-        row, offset = dict(weights), constant
-        if change is not None:  # the step before, corrected: x and what is missing of it
-            for node, weight in change.items():
-                row[node] = row.get(node, 0) + ratio * weight
-            offset = offset + ratio * shift
-        a, rows, shifts = [*a, ratio], [*rows, row], [*shifts, offset]
-        if corrector and i + 1 < len(steps):
+        b[i, : len(weights)] += weights
+        shift[i] += constant
+        if corrector and i + 1 < len(steps):  # the next row begins with what the correction adds to x
             better, better_constant = _row(steps, lam, alpha, i, [0, 1, *past])
-            change = {node: better[node] - weights.get(node, 0) for node in better}
-            shift = better_constant - constant
-    width = 1 + max(i - node for i, row in enumerate(rows) for node in row)
-    b = torch.stack(
-        [
-            torch.stack([torch.as_tensor(row.get(i - j, 0.0 * a[0])) for j in range(width)])
-            for i, row in enumerate(rows)
-        ]
-    )
+            b[i + 1, [1, 0, *range(2, len(better))]] += a[i + 1] * better
+            b[i + 1, 1 : 1 + len(weights)] -= a[i + 1] * weights
+            shift[i + 1] += a[i + 1] * (better_constant - constant)
+    l, _, _ = statistics(lam[:-1])
     mix = torch.stack([-_column(alpha[:-1], l) * l, _column(sigma[:-1], l) * (1 - l)], 1)
-    shift = torch.stack(shifts)
-    return Plan(levels.times, alpha, sigma, torch.stack(a), b, predicts="mixture", mix=mix, shift=shift)
+    return Plan(levels.times, alpha, sigma, a, b, predicts="mixture", mix=mix, shift=shift)
 
 
 def estimate_statistics(
@@ -239,7 +230,7 @@ def estimate_statistics(
         x = float(levels.alpha[m]) * x0 + float(levels.sigma[m]) * eps
         return [(x[i : i + batch_size], slice(i, i + batch_size)) for i in range(0, len(x), batch_size)]
 
-    l = torch.zeros(shape, dtype=torch.float64, device="cpu")  # noqa: E741
+    l = torch.zeros(shape, dtype=torch.float64, device="cpu")
     for m in tqdm(range(len(lam)), disable=not progress, desc="l", unit="time"):
         signs = [source(len(lam) + m * probes + k, x0).sign() for k in range(probes)]
         for x, part in batches(m):
@@ -293,7 +284,7 @@ class _Integrals:
     @staticmethod
     def over(statistics: Fit, start: Tensor, end: Tensor) -> "_Integrals":
         h = end - start
-        l, s, b = statistics(start + h * POINTS)  # noqa: E741
+        l, s, b = statistics(start + h * POINTS)
         running = h * CUMULATIVE  # [G + 1, G]: to each Gauss point, and to the end
         linear, slope = (torch.tensordot(running, v, 1) for v in (l, s))
         offset = torch.tensordot(running, torch.exp(-slope[:-1]) * b, 1)
@@ -308,29 +299,28 @@ class _Integrals:
 
 def _row(
     steps: list[_Integrals], lam: Tensor, alpha: Tensor, i: int, nodes: list[int]
-) -> tuple[dict[int, Tensor], Tensor]:
-    """The weights of N by call, and the constant, of step i with g's polynomial through the nodes i + n."""
-    step = steps[i]
+) -> tuple[Tensor, Tensor]:
+    """The weights of N at the nodes i + n, [nodes, *D], and the constant, [*D], of step i with g's polynomial through them."""
+    step, zero = steps[i], torch.zeros_like(steps[i].slope)
     slopes, offsets = (
-        {0: torch.zeros_like(step.slope), 1: step.slope},
-        {0: torch.zeros_like(step.slope), 1: step.offset},
-    )
+        {0: zero, 1: step.slope},
+        {0: zero, 1: step.offset},
+    )  # S and B from the step's start to a node
     for n in range(-1, min(nodes) - 1, -1):
         before = steps[i + n]
         slopes[n] = slopes[n + 1] - before.slope
         offsets[n] = offsets[n + 1] - torch.exp(before.slope - slopes[n + 1]) * before.offset
-    weights = [step.moment(0)]
+    weights = step.moment(0)[None]
     if len(nodes) > 1:
         ratios = (lam[[i + n for n in nodes[1:]]] - lam[i]) / step.h
-        moments = torch.stack([step.moment(k) for k in range(1, len(nodes))])
         powers = ratios ** torch.arange(1, len(nodes), device="cpu")[:, None]
+        moments = torch.stack([step.moment(k) for k in range(1, len(nodes))])
         others = torch.linalg.solve(powers, moments.reshape(len(ratios), -1)).reshape(moments.shape)
-        weights = [weights[0] - others.sum(0), *others]
-    scale = -alpha[i + 1] * torch.exp(-step.linear)
-    table = {
-        i + n: scale * w * torch.exp(-slopes[n]) / alpha[i + n] for n, w in zip(nodes, weights, strict=True)
-    }
-    return table, scale * (step.constant - sum(w * offsets[n] for n, w in zip(nodes, weights, strict=True)))
+        weights = torch.cat([weights - others.sum(0), others])
+    end = -alpha[i + 1] * torch.exp(-step.linear)
+    slope, offset = (torch.stack([table[n] for n in nodes]) for table in (slopes, offsets))
+    at = _column(alpha[[i + n for n in nodes]], weights)
+    return end * weights * torch.exp(-slope) / at, end * (step.constant - (weights * offset).sum(0))
 
 
 def _cumulative() -> tuple[Tensor, Tensor]:

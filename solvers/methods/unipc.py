@@ -18,6 +18,7 @@ def unipc(
     order: int = 3,
     variant: str = "bh2",
     predicts: str = "data",
+    scale: float = 1.0,
     corrector: bool = True,
     start: str = "ramp",
     final: str = "full",
@@ -36,6 +37,7 @@ def unipc(
         order: p, 1 to 4.
         variant: "bh1" | "bh2" | "vary_coeff", which differ where a row has one other call (first and second order steps).
         predicts: "noise" | "data" | "velocity".
+        scale: of the velocity form: 1 for v, the data's standard deviation for EDM's F.
         corrector: False for UniP alone.
         start: "ramp" | "singlestep".
         final: "full" | "lower"; "lower" ends with predictors of orders p - 1, ..., 1.
@@ -43,7 +45,14 @@ def unipc(
     whole("order", order, 1, 4)
     starting = (order - 2, order) if corrector else None
     plan = adams(
-        schedule, times, order, Form(predicts), start, final, choice("variant", variant, VARIANTS), starting
+        schedule,
+        times,
+        order,
+        Form(predicts, scale=scale),
+        start,
+        final,
+        choice("variant", variant, VARIANTS),
+        starting,
     )
     return corrected(plan, order, variant, times) if corrector else plan
 
