@@ -2,7 +2,19 @@
 
 from solvers import noise
 from solvers.discrete import Discrete
-from solvers.grids import given, karras, leading, linspace, logsnr, power, quadratic, snap, trailing, uniform
+from solvers.grids import (
+    angle,
+    given,
+    karras,
+    leading,
+    linspace,
+    logsnr,
+    power,
+    quadratic,
+    snap,
+    trailing,
+    uniform,
+)
 from solvers.methods import tableaux
 from solvers.methods.belm import obelm
 from solvers.methods.multistep import (
@@ -41,6 +53,7 @@ __all__ = [
     "State",
     "Statistics",
     "SubVP",
+    "angle",
     "convert",
     "corrected",
     "ddim",

@@ -60,6 +60,26 @@ def logsnr(
     return _between(schedule, schedule.time(_line(first, last, steps)), ends)
 
 
+def angle(
+    schedule: Schedule,
+    steps: int,
+    *,
+    start: float | None = None,
+    stop: float | None = None,
+    exponent: float = 2.0,
+) -> Tensor:
+    """Uniform in theta^(1/exponent), theta = arctan(sigma / alpha): times [steps + 1], float64. alpha = 0 and sigma = 0 are fine.
+
+    The angle in which the ODE turns noise into data; the grid is dense where theta is small. The grid of `recommended`.
+    """
+    positive(exponent=exponent)
+    ends = _ends(schedule, steps, start, stop)
+    at = torch.tensor(ends, dtype=torch.float64, device="cpu")
+    first, last = (torch.atan2(schedule.sigma(at), schedule.alpha(at)) ** (1 / exponent)).tolist()
+    theta = _line(first, last, steps)[1:-1] ** exponent
+    return _between(schedule, torch.cat([at[:1], schedule.time(-torch.log(torch.tan(theta))), at[1:]]), ends)
+
+
 def karras(
     schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None, rho: float = 7.0
 ) -> Tensor:

@@ -168,7 +168,8 @@ class Plan:
                 f"plans do not meet: one ends at (t, alpha, sigma) = {mine}, the next starts at {theirs}"
             )
         if self._form() != other._form():
-            raise ValueError(f"plans of different forms cannot be joined: {self._form()} and {other._form()}")
+            forms = " and ".join(f"{p.predicts!r}, scale {p.scale:g}" for p in (self, other))
+            raise ValueError(f"plans of different forms cannot be joined: {forms}")
         if bool(self.shift.numel()) != bool(other.shift.numel()):
             raise ValueError("a plan with a shift and one without cannot be joined: give both one, of zeros")
 
@@ -312,7 +313,9 @@ class Plan:
                 )
                 raise TypeError(f"{name} is {kind}: expected a float64 tensor on the CPU")
         if self.a.ndim < 1 or len(self.a) < 1:
-            raise ValueError(f"a has shape {list(self.a.shape)}: expected [N, *D] with at least one row")
+            raise ValueError(
+                f"a has shape {list(self.a.shape)}: expected [N] (or [N, *D], per element) with at least one row"
+            )
 
     def _check_shapes(self) -> None:
         rows = len(self.a)
@@ -382,7 +385,7 @@ class Plan:
             )
 
     def _defect(self, *parts: tuple[str, Tensor, Tensor]) -> tuple[list[str], Tensor, Tensor, Tensor]:
-        """The worse of a row's parts by (name, value, expected value), and whether it is off, each [N]."""
+        """The first of a row's parts that is off, by (name, value, expected value), and whether one is, each [N]."""
         row, column = _positions(self.nfe, self.window)
         call = (row - column).clamp(min=0)
         used = parts[: 1 if self.is_stochastic else 2]
@@ -390,9 +393,10 @@ class Plan:
         values, expected = torch.stack([v.sum(1) for v in terms]), torch.stack([v[1:] for _, v, _ in used])
         size = torch.maximum(torch.stack([v.abs().amax(1) for v in terms]), expected.abs())
         gaps = (values - expected).abs() / size.clamp_min(torch.finfo(torch.float64).tiny)
-        worst = gaps.argmax(0)
-        pick = worst, torch.arange(self.nfe, device="cpu")
-        return [used[i][0] for i in worst.tolist()], values[pick], expected[pick], gaps[pick] > CONSISTENCY
+        off = gaps > CONSISTENCY
+        first = off.int().argmax(0)
+        pick = first, torch.arange(self.nfe, device="cpu")
+        return [used[i][0] for i in first.tolist()], values[pick], expected[pick], off.any(0)
 
 
 _ARRAYS = tuple(f.name for f in fields(Plan) if f.name not in ("predicts", "scale", "turns"))

@@ -13,7 +13,6 @@ ScaledAdd = tuple[
     Tensor, Any, Tensor, Any
 ]  # (y, scale, u, weight), numbers: y <- scale y + weight u, in place
 PIECE = 2**18  # elements of a state that a CPU's cache holds several times over
-ONE = {dtype: torch.ones(1, dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 Weight = float | Tensor  # a number, or one for each element of x, [*D]
@@ -193,25 +192,28 @@ def _scaled_adds(steps: list[ScaledAdd], m: Tensor, check: bool) -> bool:
     large = m.device.type == "cpu" and m.numel() > PIECE
     if large and all(t.stride() == m.stride() for y, _, u, _ in steps for t in (y, u)):
 
-        def pieces(t: Tensor, *column: int) -> tuple[Tensor, ...]:
-            return t.as_strided((t.numel(), *column), (1, *column)).split(PIECE)
+        def pieces(t: Tensor) -> tuple[Tensor, ...]:
+            return t.as_strided((t.numel(),), (1,)).split(PIECE)
 
-        one = ONE[m.dtype]
-        cut = [(pieces(y), scale, pieces(u, 1), weight) for y, scale, u, weight in steps]
+        cut = [(pieces(y), scale, pieces(u), weight) for y, scale, u, weight in steps]
         for i, piece in enumerate(pieces(m)):
-            for targets, scale, columns, weight in cut:  # in one pass: a matrix of one column, times [1]
-                targets[i].addmv_(columns[i], one, beta=scale, alpha=weight)
+            for targets, scale, sources, weight in cut:
+                _scaled_add(targets[i], scale, sources[i], weight)
             if check and not (math.isfinite(torch.dot(piece, piece).item()) or piece.isfinite().all()):
                 return False
         return True
     if check and not is_finite(m):
         return False
-    for y, scale, u, weight in steps:
-        if scale == 0:
-            torch.mul(u, weight, out=y)
-        else:
-            (y if scale == 1 else y.mul_(scale)).add_(u, alpha=weight)
+    for step in steps:
+        _scaled_add(*step)
     return True
+
+
+def _scaled_add(y: Tensor, scale: Any, u: Tensor, weight: Any) -> None:
+    if scale == 0:
+        torch.mul(u, weight, out=y)
+    else:
+        (y if scale == 1 else y.mul_(scale)).add_(u, alpha=weight)
 
 
 def is_finite(x: Tensor) -> bool:

@@ -41,10 +41,43 @@ MULTISTEP = (
         for start in (STARTS if 2 < p < 5 else STARTS[:1])
     }
 )
-ODE = {"ddim": sv.ddim} | SINGLESTEP | MULTISTEP
+PREDICTOR_CORRECTOR = {
+    "unipc 1 bh1": partial(sv.unipc, order=1, variant="bh1"),
+    "unipc 2": partial(sv.unipc, order=2),
+    "unipc 3 noise lower": partial(sv.unipc, order=3, predicts="noise", final="lower"),
+    "unipc 4 singlestep": partial(sv.unipc, order=4, start="singlestep"),
+}
+SIGMA = {  # noise form, polynomials or equal steps in sigma / alpha
+    "lms 3": partial(sv.lms, order=3),
+    "deis sigma singlestep": partial(sv.deis, order=3, variable="sigma", start="singlestep"),
+    "ipndm": sv.ipndm,
+    "heun": sv.heun,
+    "rho rk4": partial(sv.exponential_rk, tableau=sv.tableaux.etdrk4, predicts="noise", variable="sigma"),
+    "obelm": sv.obelm,
+}
+TABLEAUX = {
+    "krogstad": partial(sv.exponential_rk, tableau=sv.tableaux.krogstad),
+    "hochbruck_ostermann noise": partial(
+        sv.exponential_rk, tableau=sv.tableaux.hochbruck_ostermann, predicts="noise"
+    ),
+}
+ODE = {"ddim": sv.ddim} | SINGLESTEP | MULTISTEP | PREDICTOR_CORRECTOR | SIGMA | TABLEAUX
+CLOCKED = {  # whose coefficients follow t itself
+    "deis t": partial(sv.deis, order=3),
+    "pndm": sv.pndm,
+}
+SCALED = {  # with a linear part other than that of noise and data form: exact on other data, and of a scale of their own
+    "velocity 1": partial(sv.exponential_adams, order=1, predicts="velocity"),
+    "velocity 3 scale 0.5": partial(sv.exponential_adams, order=3, predicts="velocity", scale=0.5),
+    "velocity 3 angle singlestep": partial(
+        sv.exponential_adams, order=3, predicts="velocity", variable="angle", start="singlestep"
+    ),
+    "unipc velocity": partial(sv.unipc, order=2, predicts="velocity"),
+    "v3 2": partial(sv.dpm_solver_v3, statistics=sv.gaussian_statistics(0.2, 0.7), order=2),
+}
 SDE = {
     "ddim eta 0.6": partial(sv.ddim, eta=0.6),
     "ddim eta 1": partial(sv.ddim, eta=1.0),
     "correlated draws": correlated,
 }
-METHODS = ODE | SDE
+METHODS = ODE | CLOCKED | SCALED | SDE

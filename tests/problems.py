@@ -1,4 +1,4 @@
-"""The closed-form problems that the order tests run on."""
+"""The closed-form problems that the order tests run on, and what can be said of a row of each method."""
 
 import functools
 
@@ -6,6 +6,7 @@ import torch
 
 import solvers as sv
 from reference import Mixture
+from solvers.methods import METHODS
 
 VP = sv.VP()
 NARROW = tuple(VP.time(torch.tensor([-1.0, 3.0], dtype=torch.float64)).tolist())  # half log-SNR -1 to 3
@@ -44,3 +45,17 @@ def starts(problem, span, n=64):
 def exact(problem, span):
     """Where the exact flow carries `starts`."""
     return PROBLEMS[problem].flow(starts(problem, span), VP, *span)
+
+
+SHAPE = [1.0, 2.0, 1.5, 0.8, 1.6]  # of the outer steps before and with the one whose row is examined
+RAMPED = {name for name in METHODS if name.endswith("_ramp")}
+CORRECTED = {name for name in METHODS if name.startswith("unipc")}  # a corrected row shows its predictor
+UNFOLDED = {"obelm", "dpm_solver_v3_1", "dpm_solver_v3_2"}  # their start, or a linear part, is in the rows
+BETTER_QUADRATURE = {"etdrk3", "rho_kutta3"}  # Simpson's rule, of order 4
+ROWS = [name for name in METHODS if name not in RAMPED | UNFOLDED]
+
+
+def row_order_of(name):
+    """The order that a row has on steps of SHAPE."""
+    method = METHODS[name]
+    return (method.uneven_order or method.order) - (name in CORRECTED)

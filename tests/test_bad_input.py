@@ -164,7 +164,7 @@ NOT_CALLED = [
     ),
     row(7, "order 9", method(lambda: sv.exponential_adams(VP, TIMES, 9)), ValueError, "order = 9", "from 1 to 8"),
     row(7, "order 0 singlestep", method(lambda: sv.dpm_solver(VP, TIMES, 0)), ValueError, "order = 0", "from 1 to 3"),
-    row(7, "order 5 singlestep start", method(lambda: sv.exponential_adams(VP, TIMES, 5, start="singlestep")), ValueError, "order = 5", "start", "from 1 to 4"),
+    row(7, "order 6 singlestep start", method(lambda: sv.exponential_adams(VP, TIMES, 6, start="singlestep")), ValueError, "order = 6", "start", "from 1 to 5"),
     grid_row(9, "nan", [1.0, nan, 0.1], ValueError, "times[1] = nan", "must be finite"),
     grid_row(10, "inf", [inf, 1.0, 0.1], ValueError, "times[0] = inf", "must be finite", schedule=sv.EDM()),
     grid_row(11, "point twice", [1.0, 0.5, 0.5, 0.1], ValueError, "times[1] = 0.5 is followed by 0.5", "strictly decrease"),
@@ -363,7 +363,7 @@ NOT_CALLED = [
     row("P", "no slice", lambda net: PLAN[2:2], ValueError, "plan[2:2] has no rows", "0 <= first < last <= 4"),
     row("P", "slice without its history", lambda net: PLAN[1:], ValueError, "row 1 reads call 0", "times[1:]"),
     row("P", "joined where they do not meet", lambda net: PLAN + PLAN, ValueError, "do not meet", "0.001", "starts at [1.0"),
-    row("P", "joined in two forms", lambda net: sv.ddim(VP, [1.0, 0.5]) + sv.dpm_solver(VP, [0.5, 0.1], 1), ValueError, "'data' and 'noise'"),
+    row("P", "joined in two forms", lambda net: sv.ddim(VP, [1.0, 0.5]) + sv.dpm_solver(VP, [0.5, 0.1], 1), ValueError, "'data', scale 1 and 'noise', scale 1"),
     row("P", "joined to a number", lambda net: PLAN + 3, TypeError, "Plan", "int"),
     row("P", "not a plan", lambda net: sv.run(None, net, X), TypeError, "plan is NoneType", "expected a Plan"),
     # plan files

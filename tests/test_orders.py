@@ -6,30 +6,24 @@ import pytest
 import torch
 
 import solvers as sv
-from problems import FULL, NARROW, PROBLEMS, VP, exact, starts
+from problems import (
+    BETTER_QUADRATURE,
+    FULL,
+    NARROW,
+    PROBLEMS,
+    RAMPED,
+    ROWS,
+    SHAPE,
+    VP,
+    exact,
+    row_order_of,
+    starts,
+)
 from reference import even, local_errors, row_defects, row_order, slopes, uneven
 from reference.orders import PATTERN, grid
 from solvers.methods import METHODS, tableaux
 
 COUNTS = {NARROW: (128, 256, 512), FULL: (256, 512, 1024)}
-SHAPE = [1.0, 2.0, 1.5, 0.8, 1.6]  # of the outer steps before and with the one examined
-RAMPED = {name for name in METHODS if name.endswith("_ramp")}
-CORRECTED = {
-    name for name in METHODS if name.startswith("unipc")
-}  # in one step a corrected row shows its predictor
-UNFOLDED = {
-    "obelm",
-    "dpm_solver_v3_1",
-    "dpm_solver_v3_2",
-}  # rows that are no quadrature: their start or a linear part is in them
-BETTER_QUADRATURE = {"etdrk3", "rho_kutta3"}  # Simpson's rule, of order 4
-ROWS = [name for name in METHODS if name not in RAMPED | UNFOLDED]
-
-
-def row_order_of(name):
-    """The order that a row has on steps of SHAPE."""
-    method = METHODS[name]
-    return (method.uneven_order or method.order) - (name in CORRECTED)
 
 
 def rms(plan, problem, span):

@@ -6,25 +6,23 @@ import pytest
 import torch
 
 import solvers as sv
-from problems import NARROW, PROBLEMS, VP, exact, starts
+from problems import NARROW, PROBLEMS, ROWS, SHAPE, VP, exact, row_order_of, starts
 from reference import Gaussian, law, row_order, slopes, uneven
 from reference.orders import grid
 from solvers.methods import METHODS
-from solvers.methods.multistep import _fitted
+from solvers.methods.exponential import interpolatory
 
-SHAPE = [1.0, 2.0, 1.5, 0.8, 1.6]
 SMALL = {
     1: 0.001,
     2: 0.001,
     3: 0.01,
     4: 0.02,
 }  # step at which a defect of that order is small but not yet rounding
-MULTISTEP = [
-    name
-    for name, method in METHODS.items()
-    if method.calls_per_step == 1 and method.order > 1 and not name.endswith("_ramp")
-]
-SINGLESTEP = [name for name, method in METHODS.items() if method.calls_per_step > 1]
+CHECKED = [
+    name for name in ROWS if name not in ("ipndm", "pndm")
+]  # whose weights are not those of their steps
+MULTISTEP = [name for name in CHECKED if METHODS[name].calls_per_step == 1 and row_order_of(name) > 1]
+SINGLESTEP = [name for name in ROWS if METHODS[name].calls_per_step > 1]
 
 
 def order_along_trajectories(build):
@@ -32,17 +30,19 @@ def order_along_trajectories(build):
     errors = [
         (sv.run(build(VP, grid(VP, *NARROW, uneven(n))), PROBLEMS["line"].model(VP), starts("line", NARROW))
          - exact("line", NARROW)).square().mean().sqrt()
-        for n in (128, 256)
+        for n in (127, 253)
     ]  # fmt: skip
     return slopes(errors).item()
 
 
-def caught(plant, order):
+def caught(plant, name):
     """Whether the table is refused when it is made, or its order falls short in a row or along trajectories."""
+    order, method = row_order_of(name), METHODS[name]
+    slack = 0.15 if order < 4 else 0.3
     try:
-        if row_order(plant, VP, 0.5, SHAPE, SMALL[order], degree=order) < order - 0.15:
+        if row_order(plant, VP, 0.5, SHAPE, SMALL[order], degree=order) < order - slack:
             return True
-        return order_along_trajectories(plant) < order - 0.15
+        return order_along_trajectories(plant) < (method.uneven_order or method.order) - slack
     except ValueError as error:
         return "not consistent" in str(error)
 
@@ -59,16 +59,17 @@ def planted(name, damage):
     return build
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CHECKED)
 def test_the_checks_pass_an_undamaged_table(name):
-    if not name.endswith("_ramp"):
-        assert not caught(METHODS[name].build, METHODS[name].order)
+    assert not caught(METHODS[name].build, name)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if "v3" not in name])
 def test_any_coefficient_off_by_a_thousandth_is_refused(name):
     plan = METHODS[name].build(VP, sv.logsnr(VP, 5))
-    weights = [("a", (i,)) for i in range(plan.nfe)] + [("b", tuple(i)) for i in plan.b.nonzero().tolist()]
+    weights = [("a", (i,)) for i in range(plan.nfe)] + [
+        ("b", tuple(i)) for i in (plan.b.abs() > 1e-12).nonzero().tolist()
+    ]
     for field, index in weights:
         damaged = getattr(plan, field).clone()
         damaged[index] *= 1.001
@@ -81,15 +82,15 @@ def test_two_swapped_history_columns_are_caught(name):
     def swap(a, b):
         b[-1, [0, 1]] = b[-1, [1, 0]]
 
-    assert caught(planted(name, swap), METHODS[name].order)
+    assert caught(planted(name, swap), name)
 
 
-@pytest.mark.parametrize("name", [name for name in MULTISTEP if METHODS[name].order > 2])
+@pytest.mark.parametrize("name", [name for name in MULTISTEP if row_order_of(name) > 2])
 def test_swapped_older_columns_are_caught(name):
     def swap(a, b):
         b[-1, [1, 2]] = b[-1, [2, 1]]
 
-    assert caught(planted(name, swap), METHODS[name].order)
+    assert caught(planted(name, swap), name)
 
 
 @pytest.mark.parametrize("name", MULTISTEP)
@@ -98,20 +99,21 @@ def test_history_off_by_a_thousandth_is_caught_even_where_the_row_stays_consiste
         b[:, 0] -= 0.001 * b[:, 1]
         b[:, 1] *= 1.001
 
-    assert caught(planted(name, shift), METHODS[name].order)
+    assert caught(planted(name, shift), name)
 
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_the_previous_step_in_place_of_the_present_one_is_caught(order, monkeypatch):
-    """h_{-1} for h in the weights of the history, as in k-diffusion issue 56."""
+    """h_{-1} for h in the ratios of the history, as in k-diffusion issue 56."""
     import solvers.methods.multistep as multistep
 
-    def previous_h(offsets, h, rate):
-        return _fitted(offsets, -offsets[:, 0], rate)
+    def previous_h(ratios, moments):
+        return interpolatory(ratios / -ratios[:, :1], moments)
 
-    assert not caught(lambda s, t: sv.exponential_adams(s, t, order, "data", start="singlestep"), order)
-    monkeypatch.setattr(multistep, "_fitted", previous_h)
-    assert caught(lambda s, t: sv.exponential_adams(s, t, order, "data", start="singlestep"), order)
+    name = {2: "dpm_solver_pp_2m", 3: "dpm_solver_pp_3m"}[order]  # whose order it has
+    assert not caught(lambda s, t: sv.exponential_adams(s, t, order, "data", start="singlestep"), name)
+    monkeypatch.setattr(multistep, "interpolatory", previous_h)
+    assert caught(lambda s, t: sv.exponential_adams(s, t, order, "data", start="singlestep"), name)
 
 
 @pytest.mark.parametrize("name", SINGLESTEP)
@@ -127,7 +129,7 @@ def test_a_stage_weight_off_by_a_hundredth_is_caught_even_where_the_row_stays_co
         shift(plan.a, b)
         return dataclasses.replace(plan, b=b)
 
-    assert caught(build, METHODS[name].order)
+    assert caught(build, name)
 
 
 def test_noise_off_by_a_thousandth_is_caught():

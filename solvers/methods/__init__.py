@@ -6,7 +6,6 @@ from functools import partial
 
 from torch import Tensor
 
-from solvers.methods import tableaux
 from solvers.methods.belm import obelm
 from solvers.methods.multistep import (
     ddim,
@@ -21,6 +20,17 @@ from solvers.methods.multistep import (
 )
 from solvers.methods.singlestep import dpm_solver, exponential_rk, heun
 from solvers.methods.statistics import dpm_solver_v3, gaussian_statistics
+from solvers.methods.tableaux import (
+    Tableau,
+    etdrk3,
+    etdrk4,
+    hochbruck_ostermann,
+    krogstad,
+    lie3,
+    second_order,
+    strehmel_weiner,
+    third_order,
+)
 from solvers.methods.unipc import unipc
 from solvers.plan import Plan
 from solvers.schedules import Schedule
@@ -57,7 +67,7 @@ def _started(method: Callable[..., Plan], order: int, **options: object) -> Meth
     return Method(partial(method, order=order, start=start, **options), order, 1, (first, order - 1))
 
 
-def _rk(tableau: tableaux.Tableau, order: int, predicts: str, variable: str = "half_logsnr") -> Method:
+def _rk(tableau: Tableau, order: int, predicts: str, variable: str = "half_logsnr") -> Method:
     build = partial(exponential_rk, tableau=tableau, predicts=predicts, variable=variable)
     return Method(build, order, tableau.stages)
 
@@ -107,18 +117,18 @@ METHODS: dict[str, Method] = {
     "unipc_3_ramp": Method(partial(unipc, order=3), 3, 1),
     "unipc_4": Method(partial(unipc, order=4, start="singlestep"), 5, 1, (2, 4)),
     "heun": Method(heun, 2, 2),
-    "res_2": _rk(tableaux.second_order(), 2, "data"),
-    "res_3": _rk(tableaux.third_order(1 / 2, 1.0), 3, "data"),
-    "etdrk3": _rk(tableaux.etdrk3, 3, "data"),
-    "lie3": _rk(tableaux.lie3, 3, "noise"),
-    "etdrk4": _rk(tableaux.etdrk4, 4, "data"),
-    "krogstad": _rk(tableaux.krogstad, 4, "data"),
-    "strehmel_weiner": _rk(tableaux.strehmel_weiner, 4, "noise"),
-    "hochbruck_ostermann": _rk(tableaux.hochbruck_ostermann, 4, "data"),
-    "rho_midpoint": _rk(tableaux.second_order(), 2, "noise", "sigma"),
-    "rho_kutta3": _rk(tableaux.etdrk3, 3, "noise", "sigma"),
-    "rho_rk4": _rk(tableaux.etdrk4, 4, "noise", "sigma"),
-    "angle_rk4": _rk(tableaux.etdrk4, 4, "velocity", "angle"),
+    "res_2": _rk(second_order(), 2, "data"),
+    "res_3": _rk(third_order(1 / 2, 1.0), 3, "data"),
+    "etdrk3": _rk(etdrk3, 3, "data"),
+    "lie3": _rk(lie3, 3, "noise"),
+    "etdrk4": _rk(etdrk4, 4, "data"),
+    "krogstad": _rk(krogstad, 4, "data"),
+    "strehmel_weiner": _rk(strehmel_weiner, 4, "noise"),
+    "hochbruck_ostermann": _rk(hochbruck_ostermann, 4, "data"),
+    "rho_midpoint": _rk(second_order(), 2, "noise", "sigma"),
+    "rho_kutta3": _rk(etdrk3, 3, "noise", "sigma"),
+    "rho_rk4": _rk(etdrk4, 4, "noise", "sigma"),
+    "angle_rk4": _rk(etdrk4, 4, "velocity", "angle"),
     "dpm_solver_v3_1": Method(
         partial(dpm_solver_v3, statistics=gaussian_statistics(0.0, 0.5), order=1), 2, 1
     ),

@@ -5,9 +5,17 @@ from torch import Tensor
 
 from solvers.arguments import whole
 from solvers.grids import MAX_STEPS, logsnr
-from solvers.methods import tableaux
 from solvers.methods.exponential import NATURAL, RATE, Form, Levels
-from solvers.methods.tableaux import Tableau, position, two_positions
+from solvers.methods.tableaux import (
+    Tableau,
+    dpm_solver_2,
+    euler,
+    krogstad,
+    position,
+    second_order,
+    third_order,
+    two_positions,
+)
 from solvers.phi import phi
 from solvers.plan import Plan, fold
 from solvers.schedules import Schedule
@@ -70,7 +78,7 @@ def heun(schedule: Schedule, times: Tensor, alpha: float = 1.0) -> Plan:
         times: outer steps, [steps + 1].
         alpha: place of the stage in (0, 1]: 1 is Heun's, 2/3 Ralston's, 1/2 the midpoint method.
     """
-    return exponential_rk(schedule, times, tableaux.second_order(position("alpha", alpha)), "noise", "sigma")
+    return exponential_rk(schedule, times, second_order(position("alpha", alpha)), "noise", "sigma")
 
 
 def exponential_rk(
@@ -113,7 +121,7 @@ def exponential_rk(
             exponential_rk(
                 schedule,
                 levels.times[i : j + 1],
-                tableaux.euler if first_order else tableau,
+                euler if first_order else tableau,
                 predicts,
                 variable,
                 scale,
@@ -177,12 +185,12 @@ def singlestep(
         if value is not None and order not in least:
             raise ValueError(f"{name} = {value!r} has no use with order = {order}: leave it out")
     if order == 2:
-        tableau = tableaux.dpm_solver_2(position("r1", 1 / 2 if r1 is None else r1))
+        tableau = dpm_solver_2(position("r1", 1 / 2 if r1 is None else r1))
     elif order == 3:
         places = two_positions(r1=1 / 3 if r1 is None else r1, r2=2 / 3 if r2 is None else r2)
-        tableau = tableaux.third_order(*places)
+        tableau = third_order(*places)
     else:
-        tableau = tableaux.euler if order == 1 else tableaux.krogstad
+        tableau = euler if order == 1 else krogstad
     variable = NATURAL[predicts] if predicts == "velocity" else "half_logsnr"
     return exponential_rk(schedule, times, tableau, predicts, variable, scale)
 

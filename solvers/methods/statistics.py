@@ -1,4 +1,4 @@
-"""DPM-Solver-v3: a linear part fitted to the model, per element of x; its statistics, estimated, saved, or of Gaussian data."""
+"""DPM-Solver-v3: a linear part fitted to the model, per element of x, and its statistics."""
 
 import os
 from collections.abc import Callable

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from solvers.arguments import choice, numbers, whole
 from solvers.methods.exponential import Form, Levels
-from solvers.methods.multistep import MAX_ORDER, VARIANTS, adams, adams_weights, orders_of_steps
+from solvers.methods.multistep import FINALS, MAX_ORDER, VARIANTS, adams, adams_weights, orders_of_steps
 from solvers.plan import Plan, stacked
 from solvers.schedules import Schedule
+
+PLACES = ("half_logsnr", "sigma", "angle")  # variables that the levels tell, without the schedule
 
 
 def unipc(
@@ -18,6 +20,7 @@ def unipc(
     order: int = 3,
     variant: str = "bh2",
     predicts: str = "data",
+    variable: str = "half_logsnr",
     scale: float = 1.0,
     corrector: bool = True,
     start: str = "ramp",
@@ -37,6 +40,7 @@ def unipc(
         order: p, 1 to 4.
         variant: "bh1" | "bh2" | "vary_coeff", which differ where a row has one other call (first and second order steps).
         predicts: "noise" | "data" | "velocity".
+        variable: what polynomials are in: "half_logsnr", as in the paper, or "sigma" or "angle"; see `exponential_adams`.
         scale: of the velocity form: 1 for v, the data's standard deviation for EDM's F.
         corrector: False for UniP alone.
         start: "ramp" | "singlestep".
@@ -44,20 +48,20 @@ def unipc(
     """
     whole("order", order, 1, 4)
     starting = (order - 2, order) if corrector else None
-    plan = adams(
-        schedule,
-        times,
-        order,
-        Form(predicts, scale=scale),
-        start,
-        final,
-        choice("variant", variant, VARIANTS),
-        starting,
-    )
-    return corrected(plan, order, variant, times) if corrector else plan
+    form = Form(predicts, choice("variable", variable, PLACES), scale)
+    choice("variant", variant, VARIANTS)
+    plan = adams(schedule, times, order, form, start, final, variant, starting)
+    return corrected(plan, order, variant, variable, times, final) if corrector else plan
 
 
-def corrected(plan: Plan, order: int, variant: str = "bh2", times: Tensor | None = None) -> Plan:
+def corrected(
+    plan: Plan,
+    order: int,
+    variant: str = "bh2",
+    variable: str = "half_logsnr",
+    times: Tensor | None = None,
+    final: str = "full",
+) -> Plan:
     """A multistep plan, each of its steps corrected once the model has been called at its end (PEC), at no further call.
 
     Order p + 1 for a predictor of order p or p + 1 and a corrector of order p; 1 call per step; ODE; form of the plan. x at
@@ -72,7 +76,9 @@ def corrected(plan: Plan, order: int, variant: str = "bh2", times: Tensor | None
         plan: noise, data or velocity form; a step that makes one call is corrected, a step of several is not.
         order: p, the number of calls before the new one that the corrector reads; fewer in the first steps.
         variant: "bh1" | "bh2" | "vary_coeff", of corrections that read one call before the new one.
+        variable: what the corrector's polynomial is in: "half_logsnr" | "sigma" | "angle".
         times: the outer steps of a plan that begins with singlestep steps; None: every row is a step.
+        final: "full" | "lower"; "lower" ends with correctors of orders ..., 3, 2, as a predictor with it does.
 
     Returns:
         The corrected plan: the same grid, calls and form.
@@ -89,8 +95,8 @@ def corrected(plan: Plan, order: int, variant: str = "bh2", times: Tensor | None
     calls = _calls_of_steps(plan, times)
     ends = torch.cat([calls, calls.new_tensor([plan.nfe])])
     levels = Levels(plan.times[ends], plan.alpha[ends], plan.sigma[ends], plan.half_logsnr[ends])
-    form = Form(plan.predicts, scale=plan.scale)
-    orders = orders_of_steps(levels, form, order)
+    form = Form(plan.predicts, choice("variable", variable, PLACES), plan.scale)
+    orders = orders_of_steps(levels, form, order, choice("final", final, FINALS))
     alone = ((ends.diff() == 1) & ~form.is_infinite(levels))[
         :-1
     ].tolist()  # the last step has no call at its end

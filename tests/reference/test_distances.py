@@ -56,6 +56,6 @@ def test_sliced_distance_of_a_shift_is_its_mean_projection():
     shuffled = (x + shift)[torch.randperm(11, generator=torch.Generator().manual_seed(1))]
     expected = shift.norm().item() / math.sqrt(6)
     assert sliced_wasserstein2(x, shuffled, projections=20_000, seed=0) == pytest.approx(expected, rel=0.02)
-    assert sliced_wasserstein2(x, x.flip(0)) == 0
+    assert sliced_wasserstein2(x, x.flip(0)) < 1e-15  # a matrix product may round rows differently
     with pytest.raises(ValueError, match="one shape"):
         sliced_wasserstein2(x, x[1:])

@@ -17,6 +17,15 @@ class Table:
     b: Tensor
     c: Tensor = field(default_factory=lambda: torch.zeros(0, 0).double())
     predicts: str = "noise"
+    scale = 1.0
+    element_shape = ()
+    shift = torch.zeros(0)
+
+    def mixture(self):
+        """The weights of data and noise in the outputs."""
+        alpha, sigma = self.alpha[:-1], self.sigma[:-1]
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        return {"noise": (zero, one), "data": (one, zero), "velocity": (-sigma, alpha)}[self.predicts]
 
 
 def table(schedule, times, a, b, c=None, predicts="noise"):
