@@ -1,10 +1,12 @@
 """Records: what a benchmark writes, one JSON object a line, and what draw.py reads."""
 
+import gzip
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -69,12 +71,19 @@ KINDS = {"step": Step, "work_precision": WorkPrecision}
 def write(path: Path, records: Iterable[Step | WorkPrecision]) -> None:
     """One line a record, each on disk as soon as it is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with _open(path, "wt") as file:
         for record in records:
             print(json.dumps(asdict(record), allow_nan=False), file=file, flush=True)
 
 
 def read(path: Path) -> list[Step | WorkPrecision]:
     """The records of a file; a missing or unknown field is an error."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [KINDS[row["benchmark"]](**row) for row in rows]
+    with _open(path, "rt") as file:
+        return [KINDS[row["benchmark"]](**row) for row in map(json.loads, file)]
+
+
+def _open(path: Path, mode: str) -> TextIO:
+    """A file of text, compressed if it is named so."""
+    return (
+        gzip.open(path, mode, encoding="utf-8") if path.suffix == ".gz" else path.open(mode, encoding="utf-8")
+    )  # type: ignore[return-value]

@@ -1,6 +1,6 @@
 """Error against calls, for every method, grid and schedule, on problems with a known exact answer. Writes records.
 
-python benchmarks/work_precision.py --out results/work_precision.jsonl
+python benchmarks/work_precision.py --out benchmarks/records/work_precision.jsonl.gz
 """
 
 import argparse
@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 import solvers as sv
 from reference import Distribution, Mixture, digits
-from solvers.comparison import errors, within
+from solvers.comparison import RECOMMENDED, errors, within
 from solvers.methods import METHODS
 
 CALLS = (5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
 SCHEDULES = {"VP": sv.VP(), "EDM": sv.EDM()}
-GRIDS = {"uniform": sv.uniform, "quadratic": sv.quadratic, "logsnr": sv.logsnr, "karras": sv.karras}
+GRIDS = {grid.__name__: grid for grid in (sv.uniform, sv.quadratic, sv.power, sv.logsnr, sv.karras, sv.angle)}
+SAMPLERS = {RECOMMENDED: 5} | {name: method.order for name, method in METHODS.items()}  # with their orders
 
 
 def ring() -> Mixture:
@@ -86,7 +87,7 @@ def records(
                 seconds = perf_counter() - began
                 yield WorkPrecision(
                     name,
-                    METHODS[name].order,
+                    SAMPLERS[name],
                     grid,
                     schedule_name,
                     problem,
@@ -104,12 +105,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("results/work_precision.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("results/work_precision.jsonl.gz"))
     for option, choices in (
         ("problems", PROBLEMS),
         ("schedules", SCHEDULES),
         ("grids", GRIDS),
-        ("methods", METHODS),
+        ("methods", SAMPLERS),
     ):
         parser.add_argument(
             f"--{option}", nargs="+", choices=list(choices), default=list(choices), metavar=option[:-1]

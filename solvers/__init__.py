@@ -30,7 +30,7 @@ from solvers.methods.multistep import (
 )
 from solvers.methods.singlestep import dpm_solver, dpm_solver_fast, exponential_rk, heun
 from solvers.methods.statistics import Statistics, dpm_solver_v3, estimate_statistics, gaussian_statistics
-from solvers.methods.unipc import corrected, unipc
+from solvers.methods.unipc import corrected, recommended, unipc
 from solvers.noise import noised
 from solvers.plan import Plan, fold
 from solvers.predictions import Model, convert
@@ -83,6 +83,7 @@ __all__ = [
     "pndm",
     "power",
     "quadratic",
+    "recommended",
     "run",
     "sample",
     "snap",

@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 
 import solvers as sv
 from solvers import figures
-from solvers.comparison import FAST, Grid, Problem, answer, candidates, errors, versions
+from solvers.comparison import FAST, RECOMMENDED, Grid, Problem, answer, candidates, errors, versions
 from solvers.grids import usual
 from solvers.methods import METHODS
 
@@ -44,12 +44,23 @@ SCHEDULES: dict[str, sv.Schedule] = {
 }
 GRIDS: dict[str, Grid] = {
     grid.__name__: grid
-    for grid in (sv.logsnr, sv.uniform, sv.quadratic, sv.karras, sv.trailing, sv.leading, sv.linspace)
+    for grid in (
+        sv.angle,
+        sv.logsnr,
+        sv.uniform,
+        sv.quadratic,
+        sv.power,
+        sv.karras,
+        sv.trailing,
+        sv.leading,
+        sv.linspace,
+    )
 }
-SOLVERS = [*METHODS, FAST]
+BUILDS = {RECOMMENDED: sv.recommended} | {name: method.build for name, method in METHODS.items()}
+SOLVERS = [*BUILDS, FAST]
 COMPARED = (
-    "ddim,dpm_solver_2,dpm_solver_3,dpm_solver_fast,dpm_solver_multistep_3,dpm_solver_pp_2s,dpm_solver_pp_2m,"
-    "dpm_solver_pp_3m,adams_noise_4,adams_data_4"
+    "recommended,ddim,heun,dpm_solver_3,dpm_solver_pp_2s,dpm_solver_pp_2m,dpm_solver_pp_3m_ramp,deis_t_3_ramp,unipc_3_ramp,"
+    "adams_velocity_3_ramp"
 )
 MEASURES = {"median": "error of the median sample", "rms": "root-mean-square error over all samples"}
 PICTURED_CALLS = 10  # the picture is drawn at the number of calls nearest to this
@@ -220,8 +231,8 @@ def compare(
 @app.command()
 def sample(
     solver: Annotated[
-        str, typer.Option("--solver", "--method", help=f"One of {', '.join(METHODS)}.")
-    ] = "dpm_solver_pp_2m",
+        str, typer.Option("--solver", "--method", help=f"One of {', '.join(BUILDS)}.")
+    ] = RECOMMENDED,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the grid.")] = 20,
     schedule: ScheduleName = None,
     grid: GridName = None,
@@ -237,11 +248,11 @@ def sample(
 
     Example:  `solvers sample --solver dpm_solver_3 --steps 8 --seed 1`
     """
-    method = picked("--solver", solver, METHODS)
+    build = picked("--solver", solver, BUILDS)
     asked = named_grid(grid)
     problem = load(model, schedule, samples, seed)
     spacing = asked or usual(problem.schedule)
-    plan = method.build(problem.schedule, spacing(problem.schedule, steps))
+    plan = build(problem.schedule, spacing(problem.schedule, steps))
     out.mkdir(parents=True, exist_ok=True)
     x = sv.run(plan, problem.model, problem.x, progress=not quiet).cpu()
     files: Files = {"samples.npy": lambda path: np.save(path, x.numpy())}
@@ -294,7 +305,8 @@ def order(
                 promise.build, sv.run, data, schedule, x, start, stop, COUNTS, spacing
             )
             slope = slopes(measured)[-1].item()
-            kept = slope >= promise.order - TOLERANCES[spacing.__name__]
+            order = promise.uneven_order if spacing is uneven and promise.uneven_order else promise.order
+            kept = slope >= order - TOLERANCES[spacing.__name__]
             cells.append(f"{slope:.2f}" if kept else f"[bold red]{slope:.2f}[/]")
             short += [] if kept else [f"{name} ({spacing.__name__})"]
         table.add_row(name, str(promise.calls_per_step), str(promise.order), *cells)
@@ -306,7 +318,7 @@ def order(
 @app.command()
 def plan(
     method: Annotated[
-        str, typer.Option("--method", "--solver", help=f"One of {', '.join(METHODS)}.")
+        str, typer.Option("--method", "--solver", help=f"One of {', '.join(BUILDS)}.")
     ] = "dpm_solver_pp_2m",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the grid.")] = 10,
     schedule: ScheduleName = None,
@@ -323,7 +335,7 @@ def plan(
 
     Example:  `solvers plan --method dpm_solver_pp_3m --steps 5 --save plan.json`
     """
-    build = picked("--method", method, METHODS).build
+    build = picked("--method", method, BUILDS)
     noise = picked("--schedule", schedule or "vp", SCHEDULES)
     spacing = named_grid(grid) or usual(noise)
     table = build(noise, spacing(noise, steps))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from solvers.discrete import Discrete
 from solvers.grids import usual
-from solvers.methods.multistep import dpm_solver_pp
+from solvers.methods.unipc import recommended
 from solvers.noise import Noise, PerSample, Source, as_source
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, Model, as_model
@@ -156,21 +156,20 @@ def sample(
     x: Tensor,
     schedule: Schedule,
     steps: int = 20,
-    method: Callable[[Schedule, Tensor], Plan] = dpm_solver_pp,
+    method: Callable[[Schedule, Tensor], Plan] = recommended,
     grid: Callable[[Schedule, int], Tensor] | None = None,
     noise: Noise | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """From noise to data in one call, by DPM-Solver++(2M) unless told otherwise.
+    """From noise to data in one call, by the `recommended` method on its grid unless told otherwise.
 
     Args:
         model: as for `run`.
         x: the state at the schedule's start, [B, ...]: sigma(start) times standard normals, so 80 * randn for EDM().
         schedule: noise schedule.
-        steps: grid steps; with the default method as many calls.
+        steps: grid steps; with the default method as many calls, six more from 40 steps on.
         method: (schedule, times) -> Plan; options are bound by functools.partial(sv.ddim, eta=1.0).
-        grid: (schedule, steps) -> times; by default `trailing` for a Discrete schedule, else `logsnr`, or `uniform` where an
-            end has infinite log-SNR (`solvers.grids.usual`).
+        grid: (schedule, steps) -> times; by default `trailing` for a Discrete schedule, else `angle`.
         noise: as for `run`.
         progress: show a progress bar.
 

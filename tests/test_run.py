@@ -249,13 +249,13 @@ def test_noise_per_sample_does_not_know_its_batch():
 def test_sample_is_run_on_a_good_default():
     x = noise(2, 8)
     assert torch.equal(
-        sv.sample(MODEL, x, VP, steps=9), sv.run(sv.dpm_solver_pp(VP, sv.logsnr(VP, 9), 2), MODEL, x)
+        sv.sample(MODEL, x, VP, steps=9), sv.run(sv.recommended(VP, sv.angle(VP, 9)), MODEL, x)
     )
     flow = sv.Flow()
     velocity = sv.Model(PROBLEMS["eight"].model(flow, "flow"), predicts="flow")
     ended = sv.sample(velocity, x, flow, steps=9)
-    assert torch.equal(ended, sv.run(sv.dpm_solver_pp(flow, sv.uniform(flow, 9), 2), velocity, x))
-    assert_close(ended, PROBLEMS["eight"].flow(x, flow, 1.0, 0.0), atol=0.15, rtol=0)
+    assert torch.equal(ended, sv.run(sv.recommended(flow, sv.angle(flow, 9)), velocity, x))
+    assert_close(ended, PROBLEMS["eight"].flow(x, flow, 1.0, 0.0), atol=0.02, rtol=0)
 
 
 def test_noised_is_the_forward_marginal():

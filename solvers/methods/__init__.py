@@ -113,6 +113,10 @@ METHODS: dict[str, Method] = {
     "unipc_2_vary": Method(partial(unipc, order=2, variant="vary_coeff"), 3, 1),
     "unipc_2_noise": Method(partial(unipc, order=2, predicts="noise"), 3, 1),
     "unipc_2_velocity": Method(partial(unipc, order=2, predicts="velocity"), 3, 1),
+    "unipc_angle_2": Method(partial(unipc, order=2, predicts="velocity", variable="angle"), 3, 1),
+    "unipc_angle_4": Method(
+        partial(unipc, order=4, predicts="velocity", variable="angle", start="singlestep"), 5, 1, (2, 4)
+    ),
     "unipc_3": Method(partial(unipc, order=3, start="singlestep"), 4, 1, (1, 3)),
     "unipc_3_ramp": Method(partial(unipc, order=3), 3, 1),
     "unipc_4": Method(partial(unipc, order=4, start="singlestep"), 5, 1, (2, 4)),

@@ -17,7 +17,9 @@ def obelm(schedule: Schedule, times: Tensor) -> Plan:
 
     the first step is DDIM's. One register holds x alone, so y_n - y_{n-1} is unfolded into the outputs it is made of: every
     row reads all calls before it, and a run keeps them. To take a run back: the same method on the reversed grid
-    (`sv.Inversion`), from `State.between(plan, x_N, x_{N-1})`, calls the network where the run did, and undoes it to rounding.
+    (`sv.Inversion`), from `State.between(plan, x_N, x_{N-1})`, calls the network where the run did, and undoes it to rounding:
+    from data to noise and back on any grid. Where steps of sigma / alpha grow, towards noise, rounding and the first step's
+    error grow with the square of their ratio: encode on `uniform`, `karras` or `logsnr` times, not on `angle`.
     Source: Wang et al. 2024 (arXiv 2410.07273), eq. 18.
 
     Args:

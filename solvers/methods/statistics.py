@@ -81,11 +81,11 @@ class Statistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, which is whole or not there at all."""
-        from_safetensors, path = _safetensors(), Path(path)
+        safetensors, path = _safetensors(), Path(path)
         unfinished = path.with_name(f".unfinished-{path.name}")
         try:
             tensors = {name: getattr(self, name).contiguous() for name in NAMES}
-            from_safetensors.save_file(tensors, unfinished, {"format": FORMAT})
+            safetensors.torch.save_file(tensors, unfinished, {"format": FORMAT})
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -97,10 +97,10 @@ class Statistics:
         Raises:
             ValueError: not such a file.
         """
-        from_safetensors = _safetensors()
+        safetensors = _safetensors()
         try:
-            tensors = from_safetensors.load_file(path)
-        except from_safetensors.SafetensorError as error:
+            tensors = safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
         if set(tensors) != set(NAMES):
             raise ValueError(
@@ -225,14 +225,15 @@ def estimate_statistics(
     source, noise_at = as_source(noise, len(x0)), predictor(model, schedule, "noise")
     shape = [len(lam), *x0.shape[1:]]
 
+    # one draw for all times: statistics that are off by chance are still smooth, as the solver's polynomials need them
+    drawn, signs = source(0, x0), [source(1 + k, x0).sign() for k in range(probes)]
+
     def batches(m: int) -> list[tuple[Tensor, slice]]:
-        eps = source(m, x0)
-        x = float(levels.alpha[m]) * x0 + float(levels.sigma[m]) * eps
+        x = float(levels.alpha[m]) * x0 + float(levels.sigma[m]) * drawn
         return [(x[i : i + batch_size], slice(i, i + batch_size)) for i in range(0, len(x), batch_size)]
 
     l = torch.zeros(shape, dtype=torch.float64, device="cpu")
     for m in tqdm(range(len(lam)), disable=not progress, desc="l", unit="time"):
-        signs = [source(len(lam) + m * probes + k, x0).sign() for k in range(probes)]
         for x, part in batches(m):
             with torch.enable_grad():
                 x.requires_grad_()
@@ -243,7 +244,7 @@ def estimate_statistics(
     l /= len(x0) * probes
     known = Statistics(lam, l, torch.zeros_like(l), torch.zeros_like(l))
 
-    sums = torch.zeros(4, *shape, dtype=torch.float64, device="cpu")
+    sums = torch.zeros(5, *shape, dtype=torch.float64, device="cpu")
     for m in tqdm(range(len(lam)), disable=not progress, desc="s, b", unit="time"):
         near = torch.stack([(lam[m] - delta).clamp(min=lam[0]), (lam[m] + delta).clamp(max=lam[-1])])
         ends = Levels.at(schedule, schedule.time(near))
@@ -251,7 +252,8 @@ def estimate_statistics(
         for x, _ in batches(m):
             with torch.no_grad():
                 eps = noise_at(x, levels.times[m])
-                f = _host(levels.sigma[m] * eps - l[m].to(x) * x) / levels.alpha[m]
+                parts = [_host(v) / levels.alpha[m] for v in (float(levels.sigma[m]) * eps, l[m].to(x) * x)]
+                f, size = parts[0] - parts[1], parts[0] ** 2 + parts[1] ** 2
                 values = []
                 for k in range(2):
                     ratio = ends.alpha[k] / here.alpha[0]
@@ -262,10 +264,10 @@ def estimate_statistics(
                         / ends.alpha[k]
                     )
                 slope = (values[1] - values[0]) / (near[1] - near[0])
-            sums[:, m] += torch.stack([f.sum(0), slope.sum(0), (f * f).sum(0), (f * slope).sum(0)])
-    mean, mean_slope, square, product = sums / len(x0)
+            sums[:, m] += torch.stack([v.sum(0) for v in (f, slope, f * f, f * slope, size)])
+    mean, mean_slope, square, product, size = sums / len(x0)
     variance = square - mean**2
-    varies = variance > 1e-9 * square
+    varies = variance > 1e-12 * square + (1e3 * torch.finfo(x0.dtype).eps) ** 2 * size  # more than rounding
     s = torch.where(varies, (product - mean * mean_slope) / torch.where(varies, variance, 1.0), 0.0)
     return Statistics(lam, l, s, mean_slope - s * mean)
 
@@ -349,9 +351,9 @@ def _host(x: Tensor) -> Tensor:
 
 def _safetensors() -> Any:
     try:
-        import safetensors.torch as from_safetensors
+        import safetensors.torch
     except ImportError as error:
         raise ImportError(
             "statistics are saved as safetensors: pip install 'diffusion-solvers[files]'"
         ) from error
-    return from_safetensors
+    return safetensors

@@ -1,4 +1,4 @@
-"""Predictor-corrector: UniPC, and its corrector on top of any multistep plan."""
+"""Predictor-corrector: UniPC, its corrector on top of any multistep plan, and the recommended method."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, numbers, whole
+from solvers.discrete import Discrete
 from solvers.methods.exponential import Form, Levels
 from solvers.methods.multistep import FINALS, MAX_ORDER, VARIANTS, adams, adams_weights, orders_of_steps
 from solvers.plan import Plan, stacked
@@ -114,6 +115,34 @@ def corrected(
     b = stacked(plan.b, plan.b.new_zeros(0, width + 1)) + plan.a[:, None] * change
     used = int((b != 0).any(0).nonzero().max()) + 1
     return dataclasses.replace(plan, b=b[:, :used])
+
+
+def recommended(schedule: Schedule, times: Tensor, scale: float = 1.0) -> Plan:
+    """The method that `sample` takes if none is given: UniPC in velocity form, polynomials in the angle, of an order that suits the steps.
+
+    Order 5 from 40 steps on; 1 call per step, 4 in the first two of 40 and more; ODE; velocity form. Order p = 2 below 9 steps,
+    4 above; the last steps of lower order below 14 steps. On a Discrete schedule it stays on the levels: no singlestep start,
+    the last steps of lower order. It is regular where alpha = 0, with a network that predicts velocity or flow, and sigma = 0.
+    Source: this library; chosen by benchmarks/work_precision.py, see docs/which-solver.md. In the angle, its natural time, it is
+    the classical Adams-Bashforth-Moulton method on the circle alpha = cos(theta), sigma = sin(theta).
+
+    Args:
+        schedule: noise schedule.
+        times: [steps + 1]; its grid is `angle`.
+        scale: the data's standard deviation. 1 suits from 0.2 to 2; data in other units want theirs, here and in `angle`.
+    """
+    steps = len(times) - 1
+    on_levels = isinstance(schedule, Discrete)
+    return unipc(
+        schedule,
+        times,
+        order=2 if steps < 9 else 4,
+        predicts="velocity",
+        variable="angle",
+        scale=scale,
+        start="ramp" if steps < 40 or on_levels else "singlestep",
+        final="lower" if steps < 14 or on_levels else "full",
+    )
 
 
 def _calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
