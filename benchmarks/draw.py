@@ -1,13 +1,13 @@
 """Figures and Markdown tables from records, and from nothing else.
 
-python benchmarks/draw.py results/*.jsonl --out results --into docs/benchmarks.md
+python benchmarks/draw.py results/*.jsonl --out results --into docs/benchmarks.md docs/which-solver.md
 """
 
 import argparse
 import re
 from collections.abc import Callable, Sequence
 from itertools import chain, cycle, product
-from math import prod
+from math import exp, log, prod
 from pathlib import Path
 
 import matplotlib
@@ -42,6 +42,7 @@ STYLE = {
 BASELINES = ("one torch.add_", "ideal single pass", "diffusers 2M")  # grey in the figure: not ours
 TICKS = (5, 10, 20, 50, 100)
 WORST = 1.0
+SHOWN = 8  # methods in one row of a figure
 
 Lines = dict[str, list[WorkPrecision]]
 
@@ -89,6 +90,11 @@ def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     return figure, axes
 
 
+def _mean_log(line: Sequence[WorkPrecision]) -> float:
+    """The mean logarithm of the error, by which methods are ranked; a method that takes few of the calls ranks behind."""
+    return sum(log(min(r.rmse, WORST)) for r in line) / max(len(line), 1)
+
+
 def _plot(panel: Axes, line: Sequence[WorkPrecision], **style) -> None:
     """A line from where it is of interest: the data has a variance of order 1."""
     line = [r for r in line if r.rmse < WORST]
@@ -101,7 +107,7 @@ def _legend(panel: Axes, title: str) -> None:
 
 
 def draw_methods(records: Sequence[WorkPrecision], schedule: str) -> Figure:
-    """Error against calls, each method on the grid that suits it best: a column a problem, a row an order."""
+    """Error against calls, each method on the grid that suits it best: a column a problem, a row an order, its best methods."""
     records = [r for r in records if r.schedule == schedule]
     panels = {
         p: best([r for r in records if r.problem == p], lambda r: r.method)
@@ -114,8 +120,15 @@ def draw_methods(records: Sequence[WorkPrecision], schedule: str) -> Figure:
     names = merged(panels)
     order = {r.method: r.order for r in records}
     rows: dict[int, list[str]] = {}
-    for name in sorted(names, key=order.__getitem__):
-        rows.setdefault(max(order[name], 2), []).append(name)  # first order stands with the second
+    for name in sorted(
+        names, key=lambda name: _mean_log([r for p in panels.values() for r in p.get(name, [])])
+    ):
+        row = rows.setdefault(
+            min(max(order[name], 2), 4), []
+        )  # first order stands with the second, fifth with the fourth
+        if len(row) < SHOWN:
+            row.append(name)
+    rows = dict(sorted(rows.items()))
     figure, axes = _panels(len(rows), len(panels))
     dashed = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 3)), "label": "best of all"}
     for row, mine in zip(axes, rows.values(), strict=True):
@@ -222,6 +235,40 @@ def error_table(records: Sequence[WorkPrecision], columns: Sequence[int]) -> str
     return "\n\n".join(parts)
 
 
+def ratio_table(records: Sequence[WorkPrecision], shown: int = 24) -> str:
+    """Error over the least of all methods and grids at as many calls: geometric mean over problems and schedules, a table a measure.
+
+    Each method on the grid where its mean over the numbers of calls is least; those `shown` that are best.
+    """
+    columns = sorted({r.calls for r in records})
+    parts = [_made_by(records)]
+    for measure in ("median", "rmse"):
+        cells: dict[tuple[str, str, int], dict[tuple[str, str], float]] = {}
+        for r in records:
+            cells.setdefault((r.problem, r.schedule, r.calls), {})[r.method, r.grid] = getattr(r, measure)
+        logs: dict[tuple[str, str], dict[int, list[float]]] = {}
+        for (_, _, calls), errors in cells.items():
+            least = min(errors.values())
+            for pair, error in errors.items():
+                logs.setdefault(pair, {}).setdefault(calls, []).append(log(error / least))
+        whole = max(len(v) for by_calls in logs.values() for v in by_calls.values())
+        means = {
+            pair: {calls: sum(v) / whole for calls, v in by_calls.items() if len(v) == whole}
+            for pair, by_calls in logs.items()
+        }
+        ranked = sorted(
+            (sum(row.values()) / len(row), method, grid)
+            for (method, grid), row in means.items()
+            if len(row) == len(columns)
+        )
+        firsts = {method: (method, grid) for _, method, grid in reversed(ranked)}
+        lines = sorted(firsts.values(), key=lambda pair: sum(means[pair].values()))[:shown]
+        heads = [f"{measure}: method", "grid", *(f"{calls} calls" for calls in columns)]
+        rows = [[f"`{m}`", f"`{g}`", *(f"{exp(means[m, g][n]):.3g}" for n in columns)] for m, g in lines]
+        parts.append(_markdown(heads, rows))
+    return "\n\n".join(parts)
+
+
 def insert(text: str, name: str, table: str) -> str:
     """The text with what stands between the comments `begin name` and `end name` replaced."""
     begin, end = f"<!-- draw.py: begin {name} -->", f"<!-- draw.py: end {name} -->"
@@ -240,7 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--into",
         type=Path,
-        help="Markdown file with places for the tables; default: files of their own in the folder",
+        nargs="+",
+        help="Markdown files, each with places for some of the tables; default: files of their own in the folder",
     )
     parser.add_argument(
         "--columns", type=int, nargs="+", default=[5, 10, 20, 50], help="calls shown in the table"
@@ -258,13 +306,20 @@ def main(argv: list[str] | None = None) -> None:
             for schedule in unique(runs, "schedule"):
                 figures[f"work_precision_{schedule.lower()}"] = draw_methods(runs, schedule)
             figures["grids"], tables["work_precision"] = draw_grids(runs), error_table(runs, given.columns)
+            tables["ratios"] = ratio_table(runs)
         given.out.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(given.out / f"{name}.png")
             plt.close(figure)
+    if not given.into:
+        for name, table in tables.items():
+            (given.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+        return
+    pages = {path: path.read_text(encoding="utf-8") for path in given.into}
     for name, table in tables.items():
-        path = given.into or given.out / f"{name}.md"
-        text = insert(path.read_text(encoding="utf-8"), name, table) if given.into else table + "\n"
+        path = next((path for path, text in pages.items() if f"begin {name} -->" in text), given.into[0])
+        pages[path] = insert(pages[path], name, table)
+    for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
 
 

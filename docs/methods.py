@@ -43,7 +43,7 @@ def sentence(function: Callable[..., sv.Plan]) -> list[str]:
 def source(function: Callable[..., sv.Plan]) -> str:
     """The first source that the docstring names, as a link where it is on arXiv."""
     text = " ".join(inspect.getdoc(function).split("Source: ")[1].split())
-    if found := re.match(r"(.*?) \(arXiv (\d+\.\d+)\)", text):
+    if found := re.match(r"([^(]*?) \(arXiv (\d+\.\d+)\)", text):
         return f"[{found[1].removesuffix(',')}](https://arxiv.org/abs/{found[2]})"
     return re.split(r"[,;(]", text)[0].strip()
 
@@ -70,6 +70,8 @@ def rows() -> Iterator[list[str]]:
         plans = [build(SCHEDULE, sv.logsnr(SCHEDULE, steps)) for steps in (11, 12)]
         per_step = plans[1].nfe - plans[0].nfe
         extra = plans[1].nfe - 12 * per_step
+        defaults = {key: p.default for key, p in inspect.signature(function).parameters.items()}
+        options = {key: value for key, value in options.items() if value != defaults[key]}
         bound = "".join(f", {key}={shown(value)}" for key, value in options.items())
         order = (
             sentence(function)[0].removeprefix("Order ") if name not in METHODS else str(METHODS[name].order)

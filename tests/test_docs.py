@@ -1,9 +1,14 @@
 """What the README says is so: its code runs, its commands are CI's, its table is the table of methods."""
 
+import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 import torch
+
+import solvers as sv
+from solvers.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,6 +27,37 @@ def test_the_code_of_the_readme_runs_and_prints_what_it_shows(capsys):
     (shown,) = blocks("text")
     assert shown in printed
     assert names["samples"].shape == (4, 8)
+
+
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_methods_is_what_docstrings_and_plans_say():
+    generator = loaded(ROOT / "docs/methods.py")
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run python docs/methods.py"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_docstring_answers_the_four_questions_as_the_plan_does(name):
+    """Order; calls per step; ODE; form: of the function, and true of every entry of the table that it makes."""
+    generator, method = loaded(ROOT / "docs/methods.py"), METHODS[name]
+    function, _ = generator.parts(method.build)
+    order, calls, kind, form = generator.sentence(function)
+    plan = method.build(sv.VP(), sv.logsnr(sv.VP(), 6))
+    orders = re.findall(r"\d", order)
+    assert order.startswith("Order")
+    assert str(method.order) in orders or " p" in order or "tableau" in order
+    assert kind.startswith("ODE")
+    assert not plan.is_stochastic
+    assert plan.predicts in form
+    assert "per step" in calls
+    if "as many" not in calls and "many as" not in calls:
+        assert str(method.calls_per_step) in calls
+    assert generator.source(function)
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -135,7 +135,7 @@ def dpm_solver_v3(
 ) -> Plan:
     """DPM-Solver-v3: Adams and its corrector on what a fitted linear part and a fitted slope leave of the prediction.
 
-    Order p + 1 for p = 1, 2 and 3 for p = 3; without corrector p, 2 for p = 3; 1 call per step; ODE; mixture form, per element.
+    Order p + 1 but 3 for p = 3, without corrector p but 2 for p = 3; 1 call per step; ODE; mixture form, per element.
     With N = sigma eps - l x, f = N / alpha, L = int l, S = int s and B = int e^{-S} b over the step, g = e^{-S} f - B is
     constant where the fit is exact, and
 

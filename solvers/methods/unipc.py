@@ -29,8 +29,8 @@ def unipc(
 ) -> Plan:
     """UniPC: an exponential Adams predictor and, once the model is called at its end, a corrector that has that call too.
 
-    Order p + 1 for p = 1, 2; p + 1 for p = 3, 4 with start = "singlestep", else 3; without corrector p, or 2 by a ramp;
-    1 call per step; ODE; noise, data or velocity form. start = "singlestep" takes the first p - 2 steps by singlestep methods
+    Order p + 1 (3 and 4 need start = "singlestep", else 3), without corrector p (or 2 by a ramp); 1 call per step; ODE; noise,
+    data or velocity form. start = "singlestep" takes the first p - 2 steps by singlestep methods
     of order p. The last step is not corrected, which would cost a call.
     Source: Zhao et al. 2023 (arXiv 2302.04867), algorithms 1 and 2. Differs: the released "vary_coeff" corrector leaves the
     new call out of all but one of its equations and is of first order; here it is the exact Adams-Moulton corrector.

@@ -1,0 +1,133 @@
+"""The default of `sample`: what it is, that it beats the usual choices where it was not chosen, and what scale it needs."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import solvers as sv
+from problems import PROBLEMS, VP, generator
+from reference import Gaussian, Mixture
+
+SCHEDULES = {"vp": VP, "edm": sv.EDM(), "flow": sv.Flow(start=0.999, stop=0.001)}
+USUAL = {
+    "2M": sv.dpm_solver_pp,
+    "UniPC-3": partial(sv.unipc, order=3, final="lower"),
+    "DEIS": sv.deis,
+    "DDIM": sv.ddim,
+}
+
+
+def states(data, schedule, n=64):
+    """From the exact marginal at the schedule's start."""
+    x0 = data.draw(n, generator(5))
+    return sv.noised(
+        x0, schedule, schedule.start, torch.randn(x0.shape, dtype=x0.dtype, generator=generator(6))
+    )
+
+
+def median_error(end, exact):
+    return (end - exact).square().mean(1).sqrt().median().item()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_default_is_several_times_better_than_the_usual_choices_on_problems_it_was_not_chosen_on(
+    problem, schedule
+):
+    """Each of the usual four on its best of four grids; the margin grows with the calls."""
+    data = PROBLEMS[problem]
+    x = states(data, schedule)
+    exact, model = data.flow(x, schedule, schedule.start, schedule.stop), data.model(schedule)
+    for steps, margin in ((6, 2), (10, 3), (20, 4), (40, 30)):
+        usual = min(
+            median_error(sv.run(method(schedule, grid(schedule, steps)), model, x), exact)
+            for method in USUAL.values()
+            for grid in (sv.logsnr, sv.quadratic, sv.karras, sv.uniform)
+        )
+        assert median_error(sv.sample(model, x, schedule, steps), exact) < usual / margin
+
+
+def test_data_of_another_scale_want_it_said():
+    """Blown up five times: as accurate as before with scale=5, which is the same problem in other units, and far off without."""
+    data, edm = PROBLEMS["eight"], sv.EDM()
+    large = Mixture(data.weights, 5 * data.means, 25 * data.covs)
+    x = states(data, edm)
+    exact = data.flow(x, edm, edm.start, edm.stop)
+    wide = sv.EDM(sigma_min=5 * edm.sigma_min, sigma_max=5 * edm.sigma_max)
+    told = {"method": partial(sv.recommended, scale=5.0), "grid": partial(sv.angle, scale=5.0)}
+    for steps in (6, 12, 40):
+        end = sv.sample(large.model(wide), 5 * x, wide, steps, **told)
+        assert_close(end / 5, sv.sample(data.model(edm), x, edm, steps), rtol=1e-9, atol=1e-9)
+    untold = sv.sample(large.model(wide), 5 * x, wide, 12)
+    assert median_error(untold / 5, exact) > 20 * median_error(sv.sample(data.model(edm), x, edm, 12), exact)
+
+
+def test_one_step_is_exact_on_gaussian_data_of_its_scale():
+    """The velocity is 0 there."""
+    for scale in (1.0, 0.5):
+        data = Gaussian(torch.zeros(3), scale**2 * torch.eye(3))
+        x = states(data, VP)
+        plan = sv.recommended(VP, sv.angle(VP, 1), scale)
+        exact = data.flow(x, VP, VP.start, VP.stop)
+        assert_close(sv.run(plan, data.model(VP), x), exact, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("steps", "order", "start", "final"),
+    [(1, 2, "ramp", "lower"), (8, 2, "ramp", "lower"), (9, 4, "ramp", "lower"), (13, 4, "ramp", "lower"),
+     (14, 4, "ramp", "full"), (39, 4, "ramp", "full"), (40, 4, "singlestep", "full")],
+)  # fmt: skip
+def test_it_is_unipc_in_the_angle(steps, order, start, final):
+    times = sv.angle(VP, steps)
+    unipc = sv.unipc(
+        VP,
+        times,
+        order,
+        predicts="velocity",
+        variable="angle",
+        start=start,
+        final=final,
+        variant="vary_coeff",
+    )
+    assert sv.recommended(VP, times).allclose(unipc)
+    assert unipc.nfe == steps + (6 if start == "singlestep" else 0)
+
+
+def test_in_its_natural_time_bh2_is_the_exact_corrector():
+    times = sv.angle(VP, 9)
+    options = {"predicts": "velocity", "variable": "angle"}
+    for order in (1, 2, 3, 4):
+        plans = [sv.unipc(VP, times, order, variant, **options) for variant in ("bh2", "vary_coeff")]
+        assert plans[0].allclose(plans[1])
+
+
+def test_it_stands_on_both_ends_of_flow_matching_at_full_order():
+    """alpha = 0 and sigma = 0: no step is of first order there, and errors fall as they do inside."""
+    flow, data = sv.Flow(), PROBLEMS["eight"]
+    x = torch.randn(32, 8, dtype=torch.float64, generator=generator(7))
+    exact = data.flow(x, flow, 1.0, 0.0)
+    model = sv.Model(data.model(flow, "flow"), predicts="flow")
+    errors = [median_error(sv.sample(model, x, flow, steps), exact) for steps in (10, 20, 38)]
+    assert errors[0] < 3e-3
+    assert errors[1] < errors[0] / 5
+    assert errors[2] < errors[1] / 5
+
+
+def test_on_discrete_levels_it_calls_the_levels_alone():
+    schedule = sv.Discrete.linear(1000)
+    for steps in (5, 20, 60):
+        plan = sv.recommended(schedule, sv.trailing(schedule, steps))
+        assert torch.equal(plan.times, sv.trailing(schedule, steps))
+        schedule.step(plan.times[:-1])  # would refuse a time between levels
+
+
+def test_its_grid_is_even_in_a_power_of_the_angle_whatever_the_schedule():
+    for schedule in (VP, sv.EDM(), sv.Flow(), sv.Cosine(), sv.SubVP(), sv.LogSNR(), sv.Discrete.linear()):
+        for exponent, scale in ((1.75, 1.0), (1.0, 0.5)):
+            times = sv.angle(schedule, 7, exponent=exponent, scale=scale)
+            theta = torch.atan2(schedule.sigma(times), scale * schedule.alpha(times))
+            steps = (theta ** (1 / exponent)).diff()
+            assert_close(steps, steps[:1].expand(7), rtol=1e-7, atol=1e-12)
+            assert (times[0], times[-1]) == (schedule.start, schedule.stop)
