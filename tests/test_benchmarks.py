@@ -1,5 +1,6 @@
 """The benchmarks run at their smallest size: records have the declared fields, figures open as images."""
 
+import re
 import sys
 from dataclasses import fields
 from importlib import import_module
@@ -89,7 +90,7 @@ def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path)
     document = tmp_path / "benchmarks.md"
     places = [
         f"<!-- draw.py: begin {name} -->\nold\n<!-- draw.py: end {name} -->"
-        for name in ("step", "work_precision")
+        for name in ("step", "work_precision", "ratios")
     ]
     document.write_text("\n\n".join(["# Title", *places, "last line"]))
     scripts["draw"].main(
@@ -105,6 +106,9 @@ def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path)
     text = document.read_text()
     assert "old" not in text
     assert "ideal single pass" in text
+    assert re.search(
+        r"median: method .*\n.*\n\| `\w+` \| `\w+` \| 1(\.\d+)? ", text
+    )  # the best, over the best
     assert "| `dpm_solver_pp_2m` |" in text
     assert text.endswith("last line")
 

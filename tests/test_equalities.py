@@ -145,7 +145,10 @@ def test_rotated_data_give_rotated_samples(name):
     rotated = type(data)(data.weights, data.means @ rotation.T, rotation @ data.covs @ rotation.T)
     x = torch.randn(5, 8, dtype=torch.float64, generator=generator())
     turned_after = sv.run(plan, data.model(VP), x) @ rotation.T
-    assert_close(sv.run(plan, rotated.model(VP), x @ rotation.T), turned_after, rtol=1e-12, atol=1e-12)
+    tolerance = 1e-11 if name.startswith("unipc") else 1e-12  # a correction is a difference of weights
+    assert_close(
+        sv.run(plan, rotated.model(VP), x @ rotation.T), turned_after, rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 7.0, 1e3])

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import solvers as sv
-from problems import NARROW, PROBLEMS, VP, exact, generator, starts
+from problems import MODELS, NARROW, PROBLEMS, VP, exact, generator, starts
 from reference import Gaussian, law, slopes
 from reference.orders import even, grid, uneven
 from solvers.methods import METHODS
@@ -29,7 +29,7 @@ def test_every_deterministic_method_encodes_data_on_a_reversed_grid_with_its_ord
         plan = method.build(BACK, times)
         assert plan.times[0] == times[0]
         assert plan.times[-1] == times[-1]
-        x = sv.run(plan, PROBLEMS["line"].model(VP), exact("line", NARROW))
+        x = sv.run(plan, MODELS["line"], exact("line", NARROW))
         errors.append((x - starts("line", NARROW)).square().mean().sqrt())
     assert slopes(errors)[-1] > order - 0.4, errors
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import solvers as sv
-from problems import NARROW, PROBLEMS, ROWS, SHAPE, VP, exact, row_order_of, starts
+from problems import MODELS, NARROW, ROWS, SHAPE, VP, exact, row_order_of, starts
 from reference import Gaussian, law, row_order, slopes, uneven
 from reference.orders import grid
 from solvers.methods import METHODS
@@ -28,7 +28,7 @@ SINGLESTEP = [name for name in ROWS if METHODS[name].calls_per_step > 1]
 def order_along_trajectories(build):
     """The slope on an uneven grid, as in test_orders."""
     errors = [
-        (sv.run(build(VP, grid(VP, *NARROW, uneven(n))), PROBLEMS["line"].model(VP), starts("line", NARROW))
+        (sv.run(build(VP, grid(VP, *NARROW, uneven(n))), MODELS["line"], starts("line", NARROW))
          - exact("line", NARROW)).square().mean().sqrt()
         for n in (127, 253)
     ]  # fmt: skip
