@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from solvers import figures
 from solvers.comparison import FAST, RECOMMENDED, Grid, Problem, answer, candidates, errors, versions
 from solvers.grids import usual
 from solvers.methods import METHODS
+from solvers.plan import write_whole
 
 T = TypeVar("T")
 Files = dict[str, Callable[[Path], object]]  # by name, what fills it
@@ -411,12 +411,7 @@ def show(table: Table) -> None:
 def write(out: Path, files: Files, quiet: bool) -> None:
     """Write files into a folder; each is whole or not there at all."""
     for name, fill in files.items():
-        unfinished = out / f".unfinished-{name}"
-        try:
-            fill(unfinished)
-            os.replace(unfinished, out / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(out / name, fill)
     if not quiet:
         typer.echo(f"Written to {out}: {', '.join(files)}", err=True)
 

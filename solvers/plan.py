@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -271,13 +272,8 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` to a file, which is whole or not there at all."""
-        text, path = self.to_json(), Path(path)
-        unfinished = path.with_name(f".unfinished-{path.name}")
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        text = self.to_json()
+        write_whole(Path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Plan":
@@ -436,6 +432,16 @@ def stacked(top: Tensor, bottom: Tensor) -> Tensor:
 def nonzero(table: Tensor) -> Tensor:
     """Which entries of [N, K, *D] are not 0 for some element, [N, K]."""
     return (table != 0).flatten(2).any(2) if table.ndim > 2 else table != 0
+
+
+def write_whole(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write a file, which is then whole or not there at all."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        fill(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _turns(times: Tensor) -> int:

@@ -1,13 +1,19 @@
 """Samplers that are one sampler under two names, and models that any consistent sampler solves exactly."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
+from scipy.integrate import quad
 from torch.testing import assert_close
 
 import solvers as sv
 from problems import PROBLEMS, VP, generator
 from reference import Gaussian, kl, law, wasserstein2
 from solvers.methods import METHODS
+from solvers.methods.exponential import Form
+from solvers.methods.multistep import adams
 
 TIMES = sv.logsnr(VP, 7)
 FORMS = {name: method.build(VP, TIMES).predicts for name, method in METHODS.items()}
@@ -99,6 +105,139 @@ def test_third_order_multistep_is_the_released_formula_with_its_second_differenc
         released = -sigma[i + 1] * (e1 * torch.tensor([1, 0, 0]) + e2 * slope + e3 * curvature)
         assert_close(plan.b[i], right, rtol=1e-11, atol=1e-13)
         assert not torch.allclose(plan.b[i], released, rtol=1e-3)
+
+
+# Samplers that are one under two names: sections 5.1 and 5.2 of the theory, as equalities of tables
+
+
+@pytest.mark.parametrize("times", [TIMES, UNEVEN], ids=["logsnr", "uneven"])
+@pytest.mark.parametrize("predicts", ["noise", "data"])
+def test_unip_is_exponential_adams(predicts, times):
+    """For p >= 3 in every row that solves the whole system; with varying coefficients in every row of every order."""
+    for order in (1, 2, 3, 4):
+        adams = sv.exponential_adams(VP, times, order, predicts)
+        exact = sv.unipc(VP, times, order, "vary_coeff", predicts, corrector=False)
+        assert exact.allclose(adams)
+        for variant in ("bh1", "bh2"):
+            plan = sv.unipc(VP, times, order, variant, predicts, corrector=False)
+            assert_close(
+                plan.b[order - 1 :], adams.b[order - 1 :], rtol=1e-12, atol=1e-13
+            ) if order > 2 else None
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_bh1_and_bh2_differ_in_the_rows_of_one_other_call_alone(order):
+    """B(h) cancels where the system is solved: past the warm-up their tables are the same, in it they are not."""
+    first, second = (sv.unipc(VP, TIMES, order, variant) for variant in ("bh1", "bh2"))
+    settled = max(order, 3)  # one row after the first corrector and predictor that solve theirs
+    if order > 2:
+        assert_close(first.b[settled:], second.b[settled:], rtol=1e-12, atol=1e-13)
+    assert not first.allclose(second, rtol=1e-4, atol=1e-4)
+
+
+def test_unip_2_is_2m_in_one_variant_and_the_few_step_rule_of_sa_solver_in_the_other():
+    assert sv.unipc(VP, TIMES, 2, "bh2", corrector=False).allclose(sv.dpm_solver_pp(VP, TIMES, 2))
+    plan, lam = sv.unipc(VP, TIMES, 2, "bh1", corrector=False), VP.half_logsnr(TIMES)
+    h, before = lam.diff()[1:], lam.diff()[:-1]
+    assert_close(plan.b[1:, 1], -plan.alpha[2:] * h / 2 * (h / before), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("predicts", ["noise", "data"])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_unic_is_exponential_adams_moulton(order, predicts):
+    """Both weights of a corrected step by adaptive quadrature of Lagrange polynomials, the new call included."""
+    plan = sv.unipc(VP, TIMES, order, "vary_coeff", predicts)
+    lam, rate = VP.half_logsnr(TIMES).tolist(), {"noise": 1, "data": -1}[predicts]
+    size = {"noise": -plan.sigma, "data": plan.alpha}[predicts].tolist()
+
+    def weights(step, nodes):
+        """Of the predictions at the nodes over one step."""
+
+        def lagrange(v, j):
+            return math.prod((v - lam[k]) / (lam[j] - lam[k]) for k in nodes if k != j)
+
+        s, t = lam[step], lam[step + 1]
+        return {
+            j: size[step + 1]
+            * quad(lambda v, j=j: math.exp(rate * (t - v)) * lagrange(v, j), s, t, epsrel=1e-13)[0]
+            for j in nodes
+        }
+
+    for i in range(1, plan.nfe):
+        past = range(max(0, i - order + 1), i + 1)
+        before = range(max(0, i - order), i)
+        row = dict.fromkeys(range(i + 1), 0.0) | weights(i, past)
+        for sign, nodes in ((1, [*before, i]), (-1, before)):
+            for j, weight in weights(i - 1, nodes).items():
+                row[j] += sign * float(plan.a[i]) * weight
+        expected = torch.tensor([row.get(i - j, 0.0) for j in range(plan.window)], dtype=torch.float64)
+        assert_close(plan.b[i], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_deis_is_adams_in_noise_form_and_lms_is_deis_in_sigma(order):
+    assert sv.deis(VP, UNEVEN, order, "half_logsnr") == sv.exponential_adams(VP, UNEVEN, order, "noise")
+    assert sv.deis(VP, UNEVEN, order, "sigma") == sv.lms(VP, UNEVEN, order) == sv.ipndm_v(VP, UNEVEN, order)
+
+
+def test_ipndm_is_lms_where_steps_of_sigma_are_equal():
+    times = torch.linspace(2.0, 0.2, 10, dtype=torch.float64)
+    assert sv.ipndm(sv.EDM(), times, 4).allclose(sv.lms(sv.EDM(), times, 4))
+    assert not sv.ipndm(sv.EDM(), sv.karras(sv.EDM(), 9), 4).allclose(
+        sv.lms(sv.EDM(), sv.karras(sv.EDM(), 9), 4)
+    )
+
+
+def test_single_steps_that_are_tableaux():
+    rk, tableaux = partial(sv.exponential_rk, VP, UNEVEN), sv.tableaux
+    assert sv.dpm_solver(VP, UNEVEN, 2) == rk(tableaux.dpm_solver_2(), "noise")
+    assert sv.dpm_solver_pp(VP, UNEVEN, 2, kind="singlestep") == rk(tableaux.dpm_solver_2())
+    assert sv.dpm_solver(VP, UNEVEN, 3) == rk(tableaux.third_order(), "noise")
+    assert sv.heun(VP, UNEVEN) == rk(tableaux.second_order(1.0), "noise", "sigma")
+    assert sv.heun(VP, UNEVEN, 0.5) == rk(tableaux.second_order(0.5), "noise", "sigma")
+    assert rk(tableaux.euler, "data").allclose(sv.ddim(VP, UNEVEN))
+
+
+@pytest.mark.parametrize("start", ["ramp", "singlestep"])
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_unipc_is_a_multistep_plan_corrected(order, start):
+    starting = {3: (1, 3), 4: (2, 4)}.get(order)
+    plan = adams(VP, TIMES, order, Form("data"), start, "full", "bh2", starting)
+    assert sv.corrected(plan, order, times=TIMES) == sv.unipc(VP, TIMES, order, start=start)
+    if start == "ramp" and order < 4:
+        assert sv.corrected(sv.dpm_solver_pp(VP, TIMES, order), order) == sv.unipc(VP, TIMES, order)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        sv.ddim,
+        sv.dpm_solver_pp,
+        partial(sv.lms, order=2),
+        partial(sv.ipndm, order=2),
+        partial(sv.deis, order=2),
+    ],
+    ids=["ddim", "2M", "lms", "ipndm", "deis"],
+)
+def test_a_corrector_makes_any_multistep_plan_more_accurate(build):
+    """At equal calls, on a problem and a grid of no merit of theirs."""
+    times, data = sv.logsnr(VP, 24), PROBLEMS["line"]
+    x = torch.linspace(-2, 2, 16, dtype=torch.float64)[:, None]
+    exact = data.flow(x, VP, VP.start, VP.stop)
+    plan = build(VP, times)
+    better = sv.corrected(plan, 2)
+    assert torch.equal(better.times, plan.times)
+    errors = [(sv.run(p, data.model(VP), x) - exact).square().mean() for p in (plan, better)]
+    assert errors[1] < errors[0] / 2
+
+
+def test_correctors_are_refused_where_they_have_no_meaning():
+    with pytest.raises(ValueError, match="deterministic one in noise, data or velocity form"):
+        sv.corrected(sv.ddim(VP, TIMES, eta=1.0), 1)
+    with pytest.raises(ValueError, match="mixture form"):
+        sv.corrected(sv.dpm_solver_v3(VP, TIMES, sv.gaussian_statistics(0.0, 1.0)), 1)
+    with pytest.raises(ValueError, match=r"times\[1\] is not among the times of the plan's calls"):
+        sv.corrected(sv.ddim(VP, TIMES), 1, times=UNEVEN)
 
 
 @pytest.mark.parametrize("name", UNSCALED)

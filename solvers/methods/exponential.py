@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solvers.arguments import choice, positive
 from solvers.grids import given
-from solvers.phi import phi
+from solvers.phi import moment
 from solvers.schedules import Schedule
 
 FORMS = ("noise", "data", "velocity")
@@ -128,10 +128,8 @@ class Form:
             return torch.stack([total / (k + 1) for k in powers], 1)
         h = t.half_logsnr - s.half_logsnr
         if self.variable == "half_logsnr" and self.predicts in RATE:
-            scale = self.slope(t) * h
-            return torch.stack(
-                [scale * math.factorial(k) * phi(k + 1, RATE[self.predicts] * h) for k in powers], 1
-            )
+            rate = RATE[self.predicts]
+            return torch.stack([self.slope(t) * moment(k, h, rate) / h**k for k in powers], 1)
         places, mass = self._quadrature(schedule, s, t, h)
         start, end = self.place(s)[:, None], self.place(t)[:, None]
         ratio = (places - start) / (end - start)

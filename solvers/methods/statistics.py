@@ -15,7 +15,7 @@ from solvers.arguments import positive, whole
 from solvers.grids import given
 from solvers.methods.exponential import GAUSS_POINTS, Levels
 from solvers.noise import Noise, as_source
-from solvers.plan import Plan
+from solvers.plan import Plan, write_whole
 from solvers.predictions import AnyModel, predictor
 from solvers.schedules import Schedule
 
@@ -81,14 +81,9 @@ class Statistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, which is whole or not there at all."""
-        safetensors, path = _safetensors(), Path(path)
-        unfinished = path.with_name(f".unfinished-{path.name}")
-        try:
-            tensors = {name: getattr(self, name).contiguous() for name in NAMES}
-            safetensors.torch.save_file(tensors, unfinished, {"format": FORMAT})
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        save_file = _safetensors().torch.save_file
+        tensors = {name: getattr(self, name).contiguous() for name in NAMES}
+        write_whole(Path(path), lambda unfinished: save_file(tensors, unfinished, {"format": FORMAT}))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Statistics":
