@@ -43,6 +43,7 @@ BASELINES = ("one torch.add_", "ideal single pass", "diffusers 2M")  # grey in t
 TICKS = (5, 10, 20, 50, 100)
 WORST = 1.0
 SHOWN = 8  # methods in one row of a figure
+USUAL = ("dpm_solver_pp_2m", "logsnr")  # what most people run, the last row of a table of ratios
 
 Lines = dict[str, list[WorkPrecision]]
 
@@ -263,6 +264,7 @@ def ratio_table(records: Sequence[WorkPrecision], shown: int = 24) -> str:
         )
         firsts = {method: (method, grid) for _, method, grid in reversed(ranked)}
         lines = sorted(firsts.values(), key=lambda pair: sum(means[pair].values()))[:shown]
+        lines += [pair for pair in [USUAL] if pair in means]
         heads = [f"{measure}: method", "grid", *(f"{calls} calls" for calls in columns)]
         rows = [[f"`{m}`", f"`{g}`", *(f"{exp(means[m, g][n]):.3g}" for n in columns)] for m, g in lines]
         parts.append(_markdown(heads, rows))

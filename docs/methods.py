@@ -53,7 +53,7 @@ def needs(build: Callable[..., sv.Plan], plan: sv.Plan, times: torch.Tensor) -> 
     try:
         at_ends = build(FLOW, sv.uniform(FLOW, 12))
         if plan.predicts == "velocity" or at_ends.predicts == "data":
-            yield "at alpha = 0 velocity or flow"
+            yield "at alpha = 0 no noise or score"
     except ValueError:
         yield "alpha > 0" if plan.predicts != "mixture" else "alpha > 0 and sigma > 0"
     if not set(plan.times.tolist()) <= set(times.tolist()):

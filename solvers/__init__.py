@@ -4,6 +4,7 @@ from solvers import noise
 from solvers.discrete import Discrete
 from solvers.grids import (
     angle,
+    angle_levels,
     given,
     karras,
     leading,
@@ -54,6 +55,7 @@ __all__ = [
     "Statistics",
     "SubVP",
     "angle",
+    "angle_levels",
     "convert",
     "corrected",
     "ddim",

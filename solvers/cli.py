@@ -51,6 +51,7 @@ GRIDS: dict[str, Grid] = {
         sv.quadratic,
         sv.power,
         sv.karras,
+        sv.angle_levels,
         sv.trailing,
         sv.leading,
         sv.linspace,
@@ -103,8 +104,8 @@ GridName = Annotated[
     str | None,
     typer.Option(
         "--grid",
-        help=f"Where the calls stand: {', '.join(GRIDS)}. The last three need a Discrete schedule, as ddpm and sd are.",
-        show_default="logsnr, or trailing for a Discrete schedule, uniform where an end has infinite log-SNR",
+        help=f"Where the calls stand: {', '.join(GRIDS)}. The last four need a Discrete schedule, as ddpm and sd are.",
+        show_default="angle, or angle_levels for a Discrete schedule",
     ),
 ]
 ModelName = Annotated[
@@ -305,8 +306,8 @@ def order(
                 promise.build, sv.run, data, schedule, x, start, stop, COUNTS, spacing
             )
             slope = slopes(measured)[-1].item()
-            order = promise.uneven_order if spacing is uneven and promise.uneven_order else promise.order
-            kept = slope >= order - TOLERANCES[spacing.__name__]
+            promised = (promise.uneven_order if spacing is uneven else None) or promise.order
+            kept = slope >= promised - TOLERANCES[spacing.__name__]
             cells.append(f"{slope:.2f}" if kept else f"[bold red]{slope:.2f}[/]")
             short += [] if kept else [f"{name} ({spacing.__name__})"]
         table.add_row(name, str(promise.calls_per_step), str(promise.order), *cells)

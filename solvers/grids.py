@@ -13,7 +13,7 @@ from torch import Tensor
 
 from solvers.arguments import number, numbers, positive, whole
 from solvers.discrete import Discrete
-from solvers.schedules import Schedule
+from solvers.schedules import Inversion, Schedule
 
 if TYPE_CHECKING:
     import numpy
@@ -132,9 +132,40 @@ def trailing(schedule: Discrete, steps: int, *, start: float | None = None, stop
     )
 
 
+def angle_levels(schedule: Discrete, steps: int, *, start: float | None = None, stop: float = 0.0) -> Tensor:
+    """The `angle` grid with each call on a level of its own, the nearest that is free: times [steps + 1], float64; the end is clean data.
+
+    The last call is close to the data, where `trailing` and the like jump to sigma = 0 from far.
+    """
+    times = angle(_discrete(schedule), steps, start=start, stop=stop)
+    calls = (times[:-1] * schedule.levels).round().clamp(min=1)
+    if steps > (most := int(calls[0])):
+        raise ValueError(
+            f"steps = {steps}: expected at most {most}, the number of levels up to t = {times[0]:g}"
+        )
+    i = torch.arange(steps, dtype=torch.float64, device="cpu")
+    calls = (calls + i).flip(0).cummax(0).values.flip(0)  # each at least a level above the next
+    calls = calls.clamp(max=most).cummin(0).values - i  # and none above the first
+    return given(schedule, torch.cat([calls / schedule.levels, times[-1:]]))
+
+
 def usual(schedule: Schedule) -> Callable[..., Tensor]:
-    """The grid to take if none is given: trailing on discrete levels, else angle."""
-    return trailing if isinstance(schedule, Discrete) else angle
+    """The grid to take if none is given: angle, on discrete levels angle_levels."""
+    if isinstance(schedule, Inversion) and has_levels(schedule):
+        return _levels_upwards
+    return angle_levels if isinstance(schedule, Discrete) else angle
+
+
+def has_levels(schedule: Schedule) -> bool:
+    """Whether the network behind a schedule, or behind its inversion, knows certain levels alone."""
+    return isinstance(schedule.schedule if isinstance(schedule, Inversion) else schedule, Discrete)
+
+
+def _levels_upwards(schedule: Inversion, steps: int) -> Tensor:
+    """The levels from the lowest up: every call of the inversion is on one."""
+    levels = schedule.schedule
+    assert isinstance(levels, Discrete)
+    return angle_levels(levels, steps, stop=levels.stop).flip(0)
 
 
 def snap(schedule: Discrete, times: Tensor) -> Tensor:
@@ -201,9 +232,14 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
 
 
 def _discrete(schedule: Discrete) -> Discrete:
+    if isinstance(schedule, Inversion) and has_levels(schedule):
+        raise TypeError(
+            f"schedule = {schedule!r}: expected the Discrete itself; build its grid up to a level and flip it: "
+            "angle_levels(schedule.schedule, steps, stop=schedule.start).flip(0)"
+        )
     if not isinstance(schedule, Discrete):
         raise TypeError(
-            f"schedule = {schedule!r} has no levels to stand on: expected a Discrete; use uniform, logsnr or karras"
+            f"schedule = {schedule!r} has no levels to stand on: expected a Discrete; use angle, uniform, logsnr or karras"
         )
     return schedule
 
@@ -224,8 +260,8 @@ def _ends(schedule: Schedule, steps: int, start: float | None, stop: float | Non
 
 
 def _rises(schedule: Schedule) -> bool:
-    """Whether the schedule is walked from data to noise, as an Inversion is."""
-    return schedule.start < schedule.stop
+    """Whether the schedule is walked from data to noise."""
+    return isinstance(schedule, Inversion)
 
 
 def _line(first: float, last: float, steps: int) -> Tensor:

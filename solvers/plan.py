@@ -16,7 +16,7 @@ from solvers.predictions import mixture
 FORMS = ("noise", "data", "velocity", "mixture")
 CONSISTENCY = 1e-10  # of the largest term; a table computed in float64 keeps about 1e-15
 FORMAT = "diffusion-solvers plan 1"
-MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 10**5, 64, 2**28
+MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 10**5, 1024, 2**28
 
 
 def _none() -> Tensor:
@@ -103,10 +103,11 @@ class Plan:
         return torch.log(self.alpha) - torch.log(self.sigma)
 
     def mixture(self) -> tuple[Tensor, Tensor]:
-        """The weights (p, q) of data and noise in the outputs that b weighs, each [N] or [N, *D]."""
+        """The weights (p, q) of data and noise in the outputs that b weighs, each [N, *D] or with 1 for the dimensions of D."""
         if self.predicts == "mixture":
             return self.mix[:, 0], self.mix[:, 1]
-        return mixture(self.predicts, self.alpha[:-1], self.sigma[:-1], scale=self.scale)
+        alpha, sigma = (v[:-1].reshape(-1, *[1] * len(self.element_shape)) for v in (self.alpha, self.sigma))
+        return mixture(self.predicts, alpha, sigma, scale=self.scale)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
@@ -171,8 +172,11 @@ class Plan:
         if self._form() != other._form():
             forms = " and ".join(f"{p.predicts!r}, scale {p.scale:g}" for p in (self, other))
             raise ValueError(f"plans of different forms cannot be joined: {forms}")
-        if bool(self.shift.numel()) != bool(other.shift.numel()):
-            raise ValueError("a plan with a shift and one without cannot be joined: give both one, of zeros")
+        if bool(self.shift.numel()) != bool(other.shift.numel()) or self.element_shape != other.element_shape:
+            raise ValueError(
+                f"plans for elements {list(self.element_shape)} and {list(other.element_shape)}, or one with a shift and one without, "
+                "cannot be joined"
+            )
 
         times, alpha, sigma = (
             torch.cat([getattr(self, n), getattr(other, n)[1:]]) for n in ("times", "alpha", "sigma")
@@ -296,6 +300,11 @@ class Plan:
     def _form(self) -> tuple[str, float]:
         return self.predicts, self.scale
 
+    def place(self, call: int) -> tuple[str, float]:
+        """What a state at this call must agree on to go on with the plan: the form of its outputs, and the time."""
+        form = self.predicts if self.scale == 1 else f"{self.predicts} of scale {self.scale!r}"
+        return form, self.times[call].item()
+
     def _check_types(self) -> None:
         choice("predicts", self.predicts, FORMS)
         if not 0 < self.scale < math.inf or (self.scale != 1 and self.predicts != "velocity"):
@@ -347,7 +356,8 @@ class Plan:
                     f"{name}{where} = {value:g}: every entry must be finite, of alpha and sigma not negative"
                 )
         if _turns(self.times) > self.turns:
-            i = int((self.times.diff() > 0).nonzero()[0])
+            steps = self.times.diff() if self.times[-1] <= self.times[0] else -self.times.diff()
+            i = int((steps > 0).nonzero()[0])
             raise ValueError(
                 f"times must not turn back: times[{i}] = {self.times[i]:g} is followed by {self.times[i + 1]:g}"
             )

@@ -78,6 +78,23 @@ class Model:
             return (sigma**2 + (self.sigma_data * alpha) ** 2).rsqrt()
         return torch.ones_like(alpha)
 
+    def labels(self, times: Tensor) -> list[float] | list[int]:
+        """What the net reads at each of some times, computed on the host."""
+        if self.label is None:
+            return times.tolist()
+        answer = self.label(times)
+        try:
+            labels = torch.as_tensor(answer, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"label gave {answer!s:.200}: expected a number for each of the {len(times)} calls"
+            ) from error
+        if labels.shape != times.shape or not labels.isfinite().all():
+            raise ValueError(
+                f"label gave {answer!s:.200}: expected a finite number for each of the {len(times)} calls"
+            )
+        return labels.tolist()
+
 
 AnyModel = Model | Callable[[Tensor, Tensor], Tensor]
 
@@ -188,9 +205,20 @@ def predictor(model: AnyModel, schedule: Schedule, want: str) -> Callable[[Tenso
         from_x, from_m = conversion(model.mixture(times, *level), mixture(want, *level), *level)
         if not (from_x.isfinite() and from_m.isfinite()):
             raise ValueError(f"a {model.predicts} prediction does not determine {want} at t = {float(t):g}")
-        label = torch.as_tensor(times if model.label is None else model.label(times))
-        label = label.to(x.device, x.dtype if label.is_floating_point() else torch.long).expand(len(x))
-        return float(from_x) * x + float(from_m) * model.net(float(model.input_scale(*level)) * x, label)
+        (label,) = model.labels(times)
+        dtype = torch.long if isinstance(label, int) else x.dtype
+        labels = torch.full((len(x),), label, dtype=dtype, device=x.device)
+        m = model.net(float(model.input_scale(*level)) * x, labels)
+        if not isinstance(m, Tensor) or m.shape != x.shape:
+            came = list(m.shape) if isinstance(m, Tensor) else type(m).__name__
+            raise ValueError(
+                f"the model returned {came} at t = {float(t):g}: expected {list(x.shape)}, the shape of x"
+            )
+        if x.requires_grad and torch.is_grad_enabled() and not m.requires_grad:
+            raise ValueError(
+                "no gradient flows through the model: call it without torch.no_grad() and without detach()"
+            )
+        return float(from_x) * x + float(from_m) * m
 
     return predict
 

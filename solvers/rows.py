@@ -59,7 +59,7 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
     growth = (from_m / from_x).abs() * torch.hypot(p, q) / torch.hypot(alpha, sigma)
     can_swap = [False] * plan.nfe if formula else (growth < 4).tolist()
     per_row = zip(
-        _labels(model, plan.times[:-1]),
+        model.labels(plan.times[:-1]),
         model.input_scale(plan.alpha[:-1], plan.sigma[:-1]).tolist(),
         weights(a + b0 * from_x),
         weights(b0 * from_m),
@@ -100,26 +100,8 @@ def _refuse_undetermined(plan: Plan, model: Model, undetermined: Tensor) -> None
         i = int(undetermined.nonzero()[0, 0])
         raise ValueError(
             f"a {model.predicts} prediction does not determine {plan.predicts} in call {i}, at t = {plan.times[i]:g} (alpha = "
-            f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow"
+            f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow (or data, at alpha = 0)"
         )
-
-
-def _labels(model: Model, times: Tensor) -> list[float] | list[int]:
-    """What the net reads at each call, computed once on the host."""
-    if model.label is None:
-        return times.tolist()
-    answer = model.label(times)
-    try:
-        labels = torch.as_tensor(answer, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"label gave {answer!s:.200}: expected a number for each of the {len(times)} calls"
-        ) from error
-    if labels.shape != times.shape or not labels.isfinite().all():
-        raise ValueError(
-            f"label gave {answer!s:.200}: expected a finite number for each of the {len(times)} calls"
-        )
-    return labels.tolist()
 
 
 def last_use(weights: Tensor) -> list[int]:

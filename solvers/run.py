@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from solvers.discrete import Discrete
-from solvers.grids import usual
+from solvers.grids import has_levels, usual
 from solvers.methods.unipc import recommended
 from solvers.noise import Noise, PerSample, Source, as_source
 from solvers.plan import Plan
@@ -49,7 +48,7 @@ class State:
         outputs: by call, the outputs in the plan's form that later rows read, each [B, ...].
         draws: by draw, the noise that later rows read, each [B, ...].
         input_dtype: the dtype in which the network is called; None for that of x.
-        origin: (plan.predicts, plan.times[call]) of the plan it comes from, checked when the run goes on; None if made by hand.
+        origin: plan.place(call) of the plan it comes from, checked when the run goes on; None if made by hand.
     """
 
     x: Tensor
@@ -71,12 +70,18 @@ class State:
             x: the state at plan.times[0], [B, ...], float32 or float64.
             next_x: the state at plan.times[1].
         """
-        if plan.element_shape or plan.shift.numel() or plan.b[0, 0] == 0:
+        if plan.element_shape or plan.shift.numel() or plan.is_stochastic or plan.b[0, 0] == 0:
             raise ValueError(
-                "the first row of the plan does not show the output of its call in x: expected one of numbers"
+                "the first row of the plan does not show the output of its call in x: expected a deterministic plan of numbers"
             )
+        for name, state in (("x", x), ("next_x", next_x)):
+            known = state.dtype in (torch.float32, torch.float64)
+            if not known or (state.shape, state.dtype) != (x.shape, x.dtype):
+                raise ValueError(
+                    f"{name} is {state.dtype} {list(state.shape)}: expected two states of one shape, in float32 or float64"
+                )
         output = (next_x - float(plan.a[0]) * x) / float(plan.b[0, 0])
-        return State(next_x.clone(), 1, {0: output}, origin=(plan.predicts, plan.times[1].item()))
+        return State(next_x.clone(), 1, {0: output}, origin=plan.place(1))
 
     def clone(self) -> "State":
         """A copy that shares no memory."""
@@ -169,7 +174,7 @@ def sample(
         schedule: noise schedule.
         steps: grid steps; with the default method as many calls, six more from 40 steps on.
         method: (schedule, times) -> Plan; options are bound by functools.partial(sv.ddim, eta=1.0).
-        grid: (schedule, steps) -> times; by default `trailing` for a Discrete schedule, else `angle`.
+        grid: (schedule, steps) -> times; by default `angle`, or `angle_levels` for a Discrete schedule (upwards for its `Inversion`).
         noise: as for `run`.
         progress: show a progress bar.
 
@@ -184,7 +189,7 @@ def sample(
         raise TypeError(f"method = {method!r:.100}: expected (schedule, times) -> Plan, e.g. method=sv.ddim")
     if not (grid is None or callable(grid)):
         raise TypeError(f"grid = {grid!r:.100}: expected (schedule, steps) -> times, e.g. grid=sv.karras")
-    if isinstance(schedule, Discrete) and as_model(model).label is None:
+    if has_levels(schedule) and as_model(model).label is None:
         raise ValueError(
             "a Discrete schedule needs to know what the network reads: Model(net, label=schedule.step) for whole step numbers, "
             "schedule.label if it takes fractions, or lambda t: t"
@@ -230,8 +235,7 @@ def _execute(
                 x = x + weight * draws[draw] if grad else x.add_(draws[draw], alpha=weight)
             draws = {draw: z for draw, z in draws.items() if last_draw[draw] > i}
         if callback is not None:
-            origin = (plan.predicts, plan.times[i + 1].item())
-            callback(State(x, i + 1, dict(outputs), dict(draws), state.input_dtype, origin))
+            callback(State(x, i + 1, dict(outputs), dict(draws), state.input_dtype, plan.place(i + 1)))
     if norms and not torch.stack(norms).isfinite().all():  # the one read-back
         first = next(k for k, norm in enumerate(norms) if not norm.isfinite().all())
         raise _non_finite(plan, state.call + max(first - 1, 0), norms[first], state_was_finite=first > 0)
@@ -329,7 +333,7 @@ def _resumed(plan: Plan, state: State) -> State:
         raise ValueError(
             f"the state's call = {state.call}: expected 0 to {plan.nfe}, the plan's number of calls"
         )
-    here = (plan.predicts, plan.times[state.call].item())
+    here = plan.place(state.call)
     if state.origin not in (None, here):
         raise ValueError(
             f"the state is of another plan: it stands at {state.origin}, this plan's row {state.call} at {here}"

@@ -222,8 +222,8 @@ def test_the_default_grid_is_that_of_sample(mine):
     assert "Grid: angle\n" in call("sample", "--model", "my_model:flow").stderr
     plan = call("plan", "--schedule", "ddpm", "--steps", 3)
     schedule = sv.Discrete.linear()
-    assert plan.stderr == "Grid: trailing\n"
-    assert plan.stdout == f"{sv.dpm_solver_pp(schedule, sv.trailing(schedule, 3))}\n"
+    assert plan.stderr == "Grid: angle_levels\n"
+    assert plan.stdout == f"{sv.dpm_solver_pp(schedule, sv.angle_levels(schedule, 3))}\n"
 
 
 def test_a_network_of_whole_steps_is_held_against_a_run_on_its_levels(mine):
@@ -245,7 +245,7 @@ def test_a_network_of_whole_steps_is_held_against_a_run_on_its_levels(mine):
 def test_a_solver_is_left_out_where_it_does_not_fit(mine):
     options = ["--solvers", "ddim", "--calls", "6,50"]
     result = call("compare", "--model", "my_model:whole_steps", *options)
-    assert "solvers: ddim is left out at 50 calls: calls " in result.stderr
+    assert "solvers: ddim is left out at 50 calls: steps = 50: expected at most 40" in result.stderr
     assert re.search(r"ddim +\d\.\de-\d\d +-\s", result.stdout)
 
 

@@ -60,6 +60,15 @@ def test_a_docstring_answers_the_four_questions_as_the_plan_does(name):
     assert generator.source(function)
 
 
+def test_the_examples_of_the_methods_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    exec(example, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics.safetensors"]
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     sample, test = (command.strip() for command in blocks("bash"))
     assert test in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()

@@ -238,6 +238,18 @@ def test_correctors_are_refused_where_they_have_no_meaning():
         sv.corrected(sv.dpm_solver_v3(VP, TIMES, sv.gaussian_statistics(0.0, 1.0)), 1)
     with pytest.raises(ValueError, match=r"times\[1\] is not among the times of the plan's calls"):
         sv.corrected(sv.ddim(VP, TIMES), 1, times=UNEVEN)
+    with pytest.raises(ValueError, match="expected the plan's ends"):
+        sv.corrected(sv.ddim(VP, TIMES), 1, times=TIMES[:-1])
+    for staged in (
+        sv.heun(VP, TIMES),
+        sv.pndm(VP, TIMES),
+        sv.exponential_rk(VP, TIMES, sv.tableaux.krogstad),
+    ):
+        with pytest.raises(ValueError, match="some calls are stages: give the outer steps"):
+            sv.corrected(staged, 2)
+        assert sv.corrected(staged, 2, times=TIMES).nfe == staged.nfe
+    with pytest.raises(ValueError, match="variant = 'bh1' with variable = 'angle'"):
+        sv.unipc(VP, TIMES, 2, "bh1", "velocity", "angle")
 
 
 @pytest.mark.parametrize("name", UNSCALED)

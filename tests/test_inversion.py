@@ -185,3 +185,28 @@ def test_starting_in_the_middle_is_the_rest_of_the_run():
     late = sv.unipc(VP, sv.angle(VP, 24)[10:], 3)
     exact_end = data.marginal(late.alpha[-1].item(), late.sigma[-1].item())
     assert (law(late, data).cov.diagonal() / exact_end.cov.diagonal() - 1).abs().max() < 0.05
+
+
+def test_only_an_inversion_goes_from_data_to_noise():
+    """A schedule with its ends exchanged is a slip, as flow matching of the other direction is written."""
+    for schedule in (sv.VP(start=0.001, stop=1.0), sv.Flow(start=0.0, stop=1.0)):
+        with pytest.raises(ValueError, match="expected 0 <= stop < start; start is noise"):
+            sv.sample(lambda x, t: x, randn(2, 3), schedule, 4)
+
+
+def test_states_between_are_checked():
+    plan, x = sv.obelm(VP, sv.logsnr(VP, 4)), randn(4, 3)
+    for bad in (x[:1], x.float(), x.bfloat16()):
+        with pytest.raises(ValueError, match="expected two states of one shape, in float32 or float64"):
+            sv.State.between(plan, x, bad)
+    with pytest.raises(ValueError, match="expected a deterministic plan"):
+        sv.State.between(sv.ddim(VP, sv.logsnr(VP, 4), eta=1.0), x, x)
+
+
+@pytest.mark.parametrize("method", [sv.obelm, sv.pndm])
+def test_methods_that_divide_by_steps_of_sigma_say_so_at_alpha_0(method):
+    for schedule in (sv.Flow(), sv.Inversion(sv.Flow())):
+        with pytest.raises(
+            ValueError, match=r"sigma / alpha is infinite; give the grid an end before it, e.g. start=0.999"
+        ):
+            method(schedule, sv.uniform(schedule, 3))

@@ -172,3 +172,54 @@ def test_a_plan_may_weigh_velocities():
         assert_close(sv.run(rotation, model, x), sv.run(sv.ddim(VP, TIMES), model, x), rtol=1e-11, atol=1e-11)
     with pytest.raises(ValueError, match="row 0 is not consistent"):
         dataclasses.replace(rotation, b=1.001 * b)
+
+
+def test_coefficients_per_element_work_in_every_form():
+    """As many elements as rows, so that a mistaken axis would broadcast: the same answer as with numbers."""
+    times = sv.logsnr(VP, 4)
+    x = torch.randn(3, 4, dtype=torch.float64, generator=generator())
+    for plan in (
+        sv.ddim(VP, times),
+        sv.dpm_solver(VP, times, 1),
+        sv.exponential_adams(VP, times, 2, "velocity", scale=0.5),
+    ):
+        spread = dataclasses.replace(
+            plan, a=plan.a[:, None].expand(4, 4), b=plan.b[:, :, None].expand(*plan.b.shape, 4)
+        )
+        assert spread.element_shape == (4,)
+        wavy = lambda x, t: torch.tanh(x)  # noqa: E731
+        assert_close(sv.run(spread, wavy, x), sv.run(plan, wavy, x), rtol=1e-12, atol=1e-13)
+
+
+def test_a_state_does_not_go_on_under_another_scale():
+    plans = [sv.exponential_adams(VP, TIMES, 3, "velocity", scale=scale) for scale in (1.0, 0.5)]
+    states = []
+    x = torch.randn(2, 3, dtype=torch.float64, generator=generator())
+    sv.run(plans[0], lambda x, t: x, x, callback=lambda state: states.append(state.clone()))
+    sv.run(plans[0], lambda x, t: x, states[2])
+    with pytest.raises(
+        ValueError, match=r"the state is of another plan: it stands at .*velocity of scale 0\.5"
+    ):
+        sv.run(plans[1], lambda x, t: x, states[2])
+
+
+def test_times_turn_back_only_where_it_is_declared():
+    plan = sv.exponential_rk(VP, TIMES, sv.tableaux.hochbruck_ostermann)
+    assert plan.turns == 6
+    assert (plan[:5].turns, (plan[:5] + plan[5:]).turns) == (1, 6)
+    with pytest.raises(ValueError, match="times must not turn back"):
+        dataclasses.replace(plan, turns=5)
+    with pytest.raises(ValueError, match=r"times\[1\] = 0.5 is followed by 0.4"):
+        dataclasses.replace(
+            sv.ddim(VP, TIMES[:4]), times=torch.tensor([0.0, 0.5, 0.4, 1.0], dtype=torch.float64)
+        )
+
+
+def test_a_tableau_with_weights_of_another_shape_is_refused():
+    short = sv.tableaux.Tableau((0.0, 0.5), lambda p: [[]])
+    with pytest.raises(ValueError, match=r"the tableau has \[0\] weights: expected \[0, 1\]"):
+        sv.exponential_rk(VP, TIMES, short)
+    with pytest.raises(TypeError, match="expected a function of phi"):
+        sv.tableaux.Tableau((0.0, 0.5), [[], [1.0]])
+    with pytest.raises(TypeError, match="expected a Tableau"):
+        sv.exponential_rk(VP, TIMES, "krogstad")

@@ -131,3 +131,64 @@ def test_its_grid_is_even_in_a_power_of_the_angle_whatever_the_schedule():
             steps = (theta ** (1 / exponent)).diff()
             assert_close(steps, steps[:1].expand(7), rtol=1e-7, atol=1e-12)
             assert (times[0], times[-1]) == (schedule.start, schedule.stop)
+
+
+def test_it_keeps_its_order_from_pure_noise_to_clean_data():
+    """On flow matching, where alpha = 0 and then sigma = 0, from 40 steps on: order 5, but for the last step's part."""
+    flow, data = sv.Flow(), PROBLEMS["eight"]
+    x = torch.randn(16, 8, dtype=torch.float64, generator=generator(7))
+    exact = data.flow(x, flow, 1.0, 0.0)
+    model = sv.Model(data.model(flow, "flow"), predicts="flow")
+    errors = [median_error(sv.sample(model, x, flow, steps), exact) for steps in (40, 80, 160)]
+    assert errors[0] / errors[1] > 2**4.5
+    assert errors[1] / errors[2] > 2**4.5
+    rk4 = partial(sv.exponential_rk, tableau=sv.tableaux.etdrk4, predicts="velocity", variable="angle")
+    stop = partial(sv.uniform, stop=0.01)
+    exact = data.flow(x, flow, 1.0, 0.01)
+    errors = [median_error(sv.sample(model, x, flow, steps, rk4, stop), exact) for steps in (40, 80)]
+    assert errors[0] / errors[1] > 2**3.6
+
+
+@pytest.mark.parametrize("levels", [10, 40, 1000])
+def test_its_discrete_grid_gives_every_call_a_level_of_its_own(levels):
+    schedule = sv.Discrete.linear(levels, 0.1 / levels, min(20 / levels, 0.9))
+    for steps in (1, 2, 5, 9, 10, levels // 2, levels - 1, levels):
+        if steps > levels:
+            continue
+        times = sv.angle_levels(schedule, steps)
+        assert len(times) == steps + 1
+        assert (times[0], times[-1]) == (1, 0)
+        assert len(schedule.step(times[:-1]).unique()) == steps
+        near = sv.angle(schedule, steps, stop=0.0)[:-1]
+        if steps <= 5:
+            assert ((times[:-1] - near) * levels).abs().max() <= 1.5
+    with pytest.raises(ValueError, match=f"expected at most {levels}"):
+        sv.angle_levels(schedule, levels + 1)
+
+
+def test_a_network_of_whole_steps_is_sampled_many_times_better_than_on_trailing_levels():
+    schedule, data = sv.Discrete.linear(1000), PROBLEMS["eight"]
+    net = data.model(schedule, "velocity")
+    model = sv.Model(lambda x, n: net(x, (n + 1) / 1000), "velocity", label=schedule.step)
+    x = states(data, schedule)
+    exact = data.flow(x, schedule, 1.0, 0.0)
+    for steps, times_better in ((10, 10), (20, 30)):
+        usual = sv.sample(model, x, schedule, steps, sv.dpm_solver_pp, sv.trailing)
+        error = median_error(sv.sample(model, x, schedule, steps), exact)
+        assert error < median_error(usual, exact) / times_better
+
+
+def test_an_inversion_of_discrete_levels_keeps_to_them():
+    schedule, data = sv.Discrete.linear(1000), PROBLEMS["line"]
+    net = data.model(schedule, "velocity")
+    model = sv.Model(lambda x, n: net(x, (n + 1) / 1000), "velocity", label=schedule.step)
+    x = states(data, schedule)
+    clean = data.flow(x, schedule, 1.0, 1 / 1000)
+    latent = sv.sample(model, clean, sv.Inversion(schedule), 60)
+    assert median_error(latent, x) < 1e-4
+    with pytest.raises(ValueError, match="needs to know what the network reads"):
+        sv.sample(lambda x, t: x, x, sv.Inversion(schedule), 5)
+    with pytest.raises(
+        TypeError, match=r"flip it: angle_levels\(schedule.schedule, steps, stop=schedule.start\)"
+    ):
+        sv.trailing(sv.Inversion(schedule), 5)

@@ -274,3 +274,45 @@ def test_gradients_flow_through_a_run_with_coefficients_per_element():
     plan = sv.dpm_solver_v3(VP, GRID[2:5], EXACT, 2)
     x = randn(1, 2, 3).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: sv.run(plan, lambda x, t: x.tanh(), x, grad=True), (x,))
+
+
+def test_statistics_that_cannot_be_right_are_refused():
+    times, x0 = sv.logsnr(VP, 8), randn(5, 3)
+
+    @torch.no_grad()
+    def blind(x, t):
+        return torch.tanh(x)
+
+    estimate = sv.estimate_statistics
+    with pytest.raises(
+        ValueError, match=r"no gradient flows through the model: call it without torch.no_grad\(\)"
+    ):
+        estimate(blind, VP, x0, times, noise=0)
+    with pytest.raises(TypeError, match=r"x0 is torch.bfloat16: expected data in float32 or float64"):
+        estimate(torch.tanh, VP, x0.bfloat16(), times, noise=0)
+    with pytest.raises(ValueError, match=r"expected finite data, \[n, \*D\]"):
+        estimate(torch.tanh, VP, x0 * math.nan, times, noise=0)
+    with pytest.raises(ValueError, match=r"the model returned \[1, 3\].* expected \[5, 3\]"):
+        estimate(lambda x, t: x[:1], VP, x0, times, noise=0)
+    with pytest.raises(ValueError, match="model's answer at t = 1 is not finite"):
+        estimate(lambda x, t: x / 0, VP, x0, times, noise=0)
+
+
+def test_fits_that_cannot_be_right_are_refused():
+    times = sv.logsnr(VP, 5)
+    with pytest.raises(ValueError, match=r"a factor of e\^.*estimate them at more times and of more samples"):
+        sv.dpm_solver_v3(VP, times, lambda lam: (0 * lam, 40 + 0 * lam, 0 * lam))
+    for wrong in (5, None, lambda lam: lam, lambda lam: (lam[:1], lam, lam)):
+        with pytest.raises(TypeError, match="expected a function of half log-SNR"):
+            sv.dpm_solver_v3(VP, times, wrong)
+    with pytest.raises(ValueError, match="expected shapes that broadcast"):
+        sv.gaussian_statistics(torch.zeros(3), torch.ones(4))
+
+
+def test_one_tensor_may_stand_for_two_statistics(tmp_path):
+    lam, zero = torch.linspace(-2, 3, 7, dtype=torch.float64), torch.zeros(7, 2)
+    kept = sv.Statistics(lam, zero, zero, zero)
+    kept.save(tmp_path / "zero.safetensors")
+    zero += 1
+    assert not sv.Statistics.load(tmp_path / "zero.safetensors").l.any()
+    assert not kept.l.any()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from solvers.methods.exponential import Form, Levels
+from solvers.methods.exponential import Form, Levels, refuse_no_data
 from solvers.plan import Plan
 from solvers.schedules import Schedule
 
@@ -27,6 +27,7 @@ def obelm(schedule: Schedule, times: Tensor) -> Plan:
         times: [steps + 1].
     """
     levels = Levels.of(schedule, times)
+    refuse_no_data("obelm", levels)
     a, total = Form("noise").exact_part(levels[:-1], levels[1:])
     step = (levels.sigma / levels.alpha).diff()
     slopes = torch.zeros(

@@ -73,19 +73,36 @@ class Form:
 
     def norm(self, at: Levels) -> Tensor:
         """What x is divided by in the scaled state."""
-        return {"noise": at.alpha, "data": at.sigma}.get(self.predicts, self._radius(at))
+        if self.predicts == "velocity":
+            return torch.hypot(self.scale * at.alpha, at.sigma)
+        return at.alpha if self.predicts == "noise" else at.sigma
 
     def unit(self, at: Levels) -> Tensor:
         """What the prediction is divided by in the scaled equation."""
-        return self._radius(at) if self.predicts == "velocity" else torch.ones_like(at.alpha)
+        return self.norm(at) if self.predicts == "velocity" else torch.ones_like(at.alpha)
+
+    def natural(self, at: Levels) -> Tensor:
+        """The natural time u."""
+        if self.predicts == "data":
+            return at.alpha / at.sigma
+        return self._place(NATURAL[self.predicts], at)
 
     def place(self, at: Levels) -> Tensor:
         """The variable that polynomials are in."""
-        if self.variable == "sigma":
+        return self._place(self.variable, at)
+
+    def _place(self, variable: str, at: Levels) -> Tensor:
+        if variable == "sigma":
             return at.sigma / at.alpha
-        if self.variable == "angle":
+        if variable == "angle":
             return torch.atan2(at.sigma, self.scale * at.alpha)
-        return at.times if self.variable == "t" else at.half_logsnr
+        return at.times if variable == "t" else at.half_logsnr
+
+    def half_logsnr(self, variable: str, place: Tensor) -> Tensor:
+        """The half log-SNR where a variable other than t has some value."""
+        if variable == "half_logsnr":
+            return place
+        return -torch.log(place if variable == "sigma" else self.scale * torch.tan(place))
 
     def exact_part(self, s: Levels, t: Levels) -> tuple[Tensor, Tensor]:
         """The weight of x over a step from s to t, and the sum of the weights of m / unit: norm_t (u_t - u_s).
@@ -141,9 +158,6 @@ class Form:
             return -t.alpha * t.sigma * self.scale / self.norm(t)
         return t.alpha if self.predicts == "data" else -t.sigma
 
-    def _radius(self, at: Levels) -> Tensor:
-        return torch.hypot(self.scale * at.alpha, at.sigma)
-
     def _quadrature(
         self, schedule: Schedule | None, s: Levels, t: Levels, h: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -152,12 +166,14 @@ class Form:
         points, weights = (torch.from_numpy(v).to(h) for v in GAUSS)
         finite = h.isfinite()[:, None]
         start, length = (torch.where(finite, v[:, None], 1.0) for v in (s.half_logsnr, h))
-        lam = torch.where(finite, start + points * length, self._half_logsnr(s, t, points))
-        end = torch.where(finite[:, 0], t.half_logsnr, 0.0)[:, None]
+        first, last = self.natural(s)[:, None], self.natural(t)[:, None]
+        u = first + points * (last - first)
+        inside = torch.log(u) if self.predicts == "data" else self.half_logsnr(NATURAL[self.predicts], u)
+        lam = torch.where(finite, start + points * length, inside)
         if self.predicts == "velocity":
-            log = math.log(self.scale)
-            kernel = -self.norm(t)[:, None] / 2 / torch.cosh(lam + log)
+            kernel = -self.norm(t)[:, None] / 2 / torch.cosh(lam + math.log(self.scale))
         else:
+            end = torch.where(finite, t.half_logsnr[:, None], 0.0)
             kernel = self.slope(t)[:, None] * torch.exp(RATE[self.predicts] * (end - lam))
         mass = weights * torch.where(finite, length * kernel, total[:, None])
         if self.variable == "half_logsnr":
@@ -167,22 +183,24 @@ class Form:
         rho = torch.exp(-lam)
         return (rho if self.variable == "sigma" else torch.atan(rho / self.scale)), mass
 
-    def _half_logsnr(self, s: Levels, t: Levels, fraction: Tensor) -> Tensor:
-        """Half log-SNR at fractions of a step of the natural time, which is finite where half log-SNR may not be."""
-        natural = {"noise": lambda v: v.sigma / v.alpha, "data": lambda v: v.alpha / v.sigma}.get(
-            self.predicts, lambda v: torch.atan2(v.sigma, self.scale * v.alpha)
-        )
-        first, last = natural(s)[:, None], natural(t)[:, None]
-        u = first + fraction * (last - first)
-        if self.predicts == "velocity":
-            return -torch.log(self.scale * torch.tan(u))
-        return torch.log(u) if self.predicts == "data" else -torch.log(u)
-
     def is_infinite(self, levels: Levels) -> Tensor:
-        """Whether the natural time or the variable is infinite at either end of a step, where only order 1 has a limit, [steps]."""
-        pole = {"noise": levels.alpha, "data": levels.sigma}.get(self.predicts, torch.ones_like(levels.alpha))
-        infinite = (pole == 0) | ~self.place(levels).isfinite()
-        return infinite[:-1] | infinite[1:]
+        """Whether the natural time or the variable is infinite at either end of a step, which is then taken with order 1, [steps]."""
+        return touched(~(self.natural(levels).isfinite() & self.place(levels).isfinite()))
+
+
+def refuse_no_data(name: str, levels: Levels) -> None:
+    """Methods that divide by steps of sigma / alpha reach no alpha = 0, at either end."""
+    if (levels.alpha == 0).any():
+        t = levels.times[levels.alpha == 0][0]
+        raise ValueError(
+            f"{name}: the noise form cannot start at alpha = 0, or end there (t = {t:g}): sigma / alpha is infinite; give the grid "
+            f"an end before it, e.g. start={t * 0.999:g}"
+        )
+
+
+def touched(points: Tensor) -> Tensor:
+    """Whether either end of a step is one of some grid points, [steps]."""
+    return points[:-1] | points[1:]
 
 
 def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, number, whole
-from solvers.methods.exponential import Form, Levels, interpolatory
-from solvers.methods.singlestep import singlestep
+from solvers.methods.exponential import Form, Levels, interpolatory, refuse_no_data
+from solvers.methods.singlestep import first_order_steps, singlestep, singlestep_variable
 from solvers.plan import Plan, fold, stacked
 from solvers.schedules import Schedule
 
@@ -129,6 +129,7 @@ def deis(
     """DEIS: tAB, rhoAB or, with variable = "half_logsnr", log-rho AB.
 
     Order p with start = "singlestep" (p <= 5), else 2 for p >= 3; 1 call per step; ODE; noise form.
+    On a Discrete schedule t bends at the levels, and the integrals over t keep 1e-4 of their value.
     Source: Zhang & Chen 2023 (arXiv 2204.13902), eq. 13 to 15; its "order r" is a polynomial of degree r, here order r + 1.
     Differs: the released code integrates by Riemann sums, with relative errors of 1e-4; here the weights are closed forms or
     Gauss-Legendre in float64. rhoRK is `exponential_rk` with predicts="noise", variable="sigma".
@@ -151,7 +152,7 @@ def lms(schedule: Schedule, times: Tensor, order: int = 4, start: str = "ramp", 
 def ipndm(schedule: Schedule, times: Tensor, order: int = 4) -> Plan:
     """iPNDM: the Adams-Bashforth weights of equal steps in sigma / alpha, whatever the steps are; begun by orders 1, 2, ...
 
-    Order 2 for every `order` above 1; 1 call per step; ODE; noise form. Only on a grid of equal steps in sigma / alpha do the
+    Order 2 for every `order` above 1, 1 where steps never settle; 1 call per step; ODE; noise form. Only on a grid of equal steps in sigma / alpha do the
     rows have order `order`; `ipndm_v` has the weights of the steps taken.
     Source: Zhang & Chen 2023 (arXiv 2204.13902), appendix H.1, after Liu et al. 2022 (arXiv 2202.09778).
 
@@ -169,20 +170,22 @@ def ipndm(schedule: Schedule, times: Tensor, order: int = 4) -> Plan:
     )
 
 
-def ipndm_v(schedule: Schedule, times: Tensor, order: int = 4, start: str = "ramp") -> Plan:
+def ipndm_v(
+    schedule: Schedule, times: Tensor, order: int = 4, start: str = "ramp", final: str = "full"
+) -> Plan:
     """iPNDM with the weights of the steps taken, which makes it `lms`.
 
     Order p with start = "singlestep" (p <= 5), else 2 for p >= 3; 1 call per step; ODE; noise form.
     Source: Zhou et al. 2024 (arXiv 2312.00094), released code. Differs: that code's third- and fourth-order weights have
     (1 - AB) / 2 for (1 - A) B / 2 and hold on equal steps alone; here they are exact.
     """
-    return lms(schedule, times, order, start)
+    return lms(schedule, times, order, start, final)
 
 
 def pndm(schedule: Schedule, times: Tensor) -> Plan:
     """PNDM: iPNDM of order 4, begun by three pseudo Runge-Kutta steps with their middle at the middle of t.
 
-    Order 2; 1 call per step, 4 in each of the first three; ODE; noise form.
+    Order 2, 1 where steps never settle; 1 call per step, 4 in each of the first three; ODE; noise form.
     Source: Liu et al. 2022 (arXiv 2202.09778), algorithm 2 and eq. 12 to 14.
 
     Args:
@@ -190,6 +193,7 @@ def pndm(schedule: Schedule, times: Tensor) -> Plan:
         times: [steps + 1].
     """
     levels = Levels.of(schedule, times)
+    refuse_no_data("pndm", levels)
     started = min(3, len(levels.times) - 1)
     s, t = levels[:started], levels[1 : started + 1]
     middle = Levels.at(schedule, (s.times + t.times) / 2)
@@ -212,7 +216,7 @@ def pndm(schedule: Schedule, times: Tensor) -> Plan:
     if started == steps:
         return head
     a, total = form.exact_part(levels[started:-1], levels[started + 1 :])
-    calls = calls_of_nodes(levels, started, 4)
+    calls = torch.tensor([0, 4, 8, *range(12, 12 + steps - started)], device="cpu")
     b = at_columns(total[:, None] * _equal_steps([4] * (steps - started)), calls, started)
     return behind(head, levels, started, a, b)
 
@@ -249,7 +253,8 @@ def adams(
             raise ValueError(
                 f"order = {order} with start = 'singlestep': expected a whole number from 1 to {MAX_STARTED}, or start='ramp'"
             )
-        started = min(started + int(levels.half_logsnr[0].isinf()), steps)
+        lowered = first_order_steps(singlestep_variable(form.predicts), levels)
+        started = min(started + int(lowered[0]), steps)
     scale = form.scale
     head = (
         singlestep(schedule, levels.times[: started + 1], start_order, form.predicts, scale=scale)
@@ -265,7 +270,10 @@ def adams(
     for q in set(orders):
         rows = torch.tensor([i for i, o in enumerate(orders) if o == q], device="cpu")
         weights[rows, :q] = adams_weights(schedule, form, levels, rows + started, range(0, -q, -1), variant)
-    b = at_columns(weights, calls_of_nodes(levels, started, start_order), started)
+    calls = torch.ones(steps, dtype=torch.long, device="cpu")
+    if started:
+        calls[:started] = torch.where(lowered[:started], 1, start_order)
+    b = at_columns(weights, calls.cumsum(0) - calls, started)
     if head is None:
         return Plan(levels.times, levels.alpha, levels.sigma, a, b, predicts=form.predicts, scale=scale)
     return behind(head, levels, started, a, b)
@@ -311,24 +319,20 @@ def first_moment(form: Form, s: Levels, t: Levels, exact: Tensor, variant: str) 
         return exact
     if variant == "bh2":
         return form.exact_part(s, t)[1][:, None] / 2
+    if form.variable != "half_logsnr":
+        raise ValueError(
+            f"variant = 'bh1' with variable = {form.variable!r}: B(h) = h is a step of half log-SNR; take variant='bh2'"
+        )
     return (form.slope(t) * (t.half_logsnr - s.half_logsnr))[:, None] / 2
 
 
 def orders_of_steps(levels: Levels, form: Form, order: int, final: str = "full") -> list[int]:
-    """The order of each step: what its history allows, lowered at the end if asked, 1 where only that has a limit."""
+    """The order of each step: what its history allows, lowered at the end if asked, 1 where time or variable are infinite."""
     steps = len(levels.times) - 1
     nodes = form.place(levels).isfinite().cumsum(0)[:-1].tolist()
     infinite = form.is_infinite(levels).tolist()
     most = [steps - i if final == "lower" else order for i in range(steps)]
     return [1 if infinite[i] else min(order, nodes[i], most[i]) for i in range(steps)]
-
-
-def calls_of_nodes(levels: Levels, started: int, calls_per_step: int) -> Tensor:
-    """The number of the call made at each grid point: of the first `started` steps each makes so many calls, the rest one."""
-    infinite = levels.half_logsnr.isinf()
-    per_step = torch.ones(len(levels.times) - 1, dtype=torch.long, device="cpu")
-    per_step[:started] = torch.where((infinite[:-1] | infinite[1:])[:started], 1, calls_per_step)
-    return per_step.cumsum(0) - per_step
 
 
 def at_columns(weights: Tensor, calls: Tensor, started: int) -> Tensor:

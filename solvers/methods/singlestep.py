@@ -5,7 +5,7 @@ from torch import Tensor
 
 from solvers.arguments import whole
 from solvers.grids import MAX_STEPS, logsnr
-from solvers.methods.exponential import NATURAL, RATE, Form, Levels
+from solvers.methods.exponential import NATURAL, RATE, Form, Levels, touched
 from solvers.methods.tableaux import (
     Tableau,
     dpm_solver_2,
@@ -93,7 +93,7 @@ def exponential_rk(
 
     Order of the tableau; as many calls per step as it has stages; ODE; noise, data or velocity form. In the natural time of
     a form nothing is left of the linear part, z = 0, and the tableau is classical: in noise form with variable = "sigma"
-    these are the rhoRK methods of DEIS. A step that touches infinite half log-SNR has order 1.
+    these are the rhoRK methods of DEIS. A step to infinite half log-SNR has order 1, and but for the angle one from it.
     Source: Hochbruck & Ostermann 2005 (doi 10.1137/040611434), section 2, with z = h (noise form) or -h (data form);
     rhoRK: Zhang & Chen 2023 (arXiv 2204.13902), section 3.
 
@@ -114,39 +114,39 @@ def exponential_rk(
     if not isinstance(tableau, Tableau):
         raise TypeError(f"tableau = {tableau!r:.100}: expected a Tableau, e.g. tableaux.krogstad")
     levels = Levels.of(schedule, times)
-    infinite = levels.half_logsnr.isinf()
-    infinite = infinite[:-1] | infinite[1:]
-    if tableau.stages > 1 and infinite.any():
-        pieces = [
-            exponential_rk(
-                schedule,
-                levels.times[i : j + 1],
-                euler if first_order else tableau,
-                predicts,
-                variable,
-                scale,
+    if tableau.stages > 1 and (first_order := first_order_steps(variable, levels)).any():
+        pieces = []
+        for lowered, i, j in _runs(first_order):
+            steps = levels.times[i : j + 1]
+            pieces.append(
+                exponential_rk(schedule, steps, euler if lowered else tableau, predicts, variable, scale)
             )
-            for first_order, i, j in _runs(infinite)
-        ]
         return sum(pieces[1:], pieces[0])
     s, t = levels[:-1], levels[1:]
     h = t.half_logsnr - s.half_logsnr
     start, whole_step = form.place(s), form.place(t) - form.place(s)
     inner = [
-        Levels.at(schedule, schedule.time(_half_logsnr(form, start + c * whole_step)))
+        Levels.at(schedule, schedule.time(form.half_logsnr(variable, start + c * whole_step)))
         if 0 < c < 1
         else (t if c else s)
         for c in tableau.positions[1:]
     ]
 
     def phi_at(k: int, c: float = 1.0) -> Tensor:
-        return phi(k, 0 * h if classical else RATE[predicts] * c * h)
+        return phi(k, torch.zeros_like(h) if classical else RATE[predicts] * c * h)
 
     _, total = form.exact_part(s, t)
+    weights = tableau.weights(phi_at)
+    if [len(row) for row in weights] != [*range(tableau.stages - 1), tableau.stages - 1]:
+        expected = [*range(tableau.stages - 1), tableau.stages - 1]
+        raise ValueError(
+            f"the tableau has {[len(row) for row in weights]} weights: expected {expected}, of outputs 2, 3, ... in stages 2, 3, ... "
+            "and in the end"
+        )
     stages = tableau.stages
     x_weights, table = h.new_zeros(len(h), stages), h.new_zeros(len(h), stages, stages)
     units = [form.unit(stage) for stage in (s, *inner)]
-    for k, (end, outputs) in enumerate(zip([*inner, t], tableau.weights(phi_at), strict=True)):
+    for k, (end, outputs) in enumerate(zip([*inner, t], weights, strict=True)):
         x_weights[:, k], part = form.exact_part(s, end)
         scaled = total / form.norm(t) * form.norm(end) if classical else form.slope(end) * h
         for j, weight in enumerate(outputs, start=1):
@@ -191,15 +191,22 @@ def singlestep(
         tableau = third_order(*places)
     else:
         tableau = euler if order == 1 else krogstad
-    variable = NATURAL[predicts] if predicts == "velocity" else "half_logsnr"
-    return exponential_rk(schedule, times, tableau, predicts, variable, scale)
+    return exponential_rk(schedule, times, tableau, predicts, singlestep_variable(predicts), scale)
 
 
-def _half_logsnr(form: Form, place: Tensor) -> Tensor:
-    """The half log-SNR at a place of the form's variable."""
-    if form.variable == "half_logsnr":
-        return place
-    return -torch.log(place if form.variable == "sigma" else form.scale * torch.tan(place))
+def singlestep_variable(predicts: str) -> str:
+    """The variable in which `singlestep` places its stages."""
+    return "angle" if predicts == "velocity" else "half_logsnr"
+
+
+def first_order_steps(variable: str, levels: Levels) -> Tensor:
+    """Which steps a Runge-Kutta method takes with order 1: to and, but for the angle, from infinite half log-SNR, [steps].
+
+    In the angle a step from alpha = 0 is like any other. Into sigma = 0 a stage may stand at the end, where not every network can
+    be asked.
+    """
+    infinite = levels.half_logsnr.isinf()
+    return infinite[1:] if variable == "angle" else touched(infinite)
 
 
 def _runs(flags: Tensor) -> list[tuple[bool, int, int]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from solvers.arguments import positive, whole
+from solvers.arguments import numbers, positive, whole
 from solvers.grids import given
 from solvers.methods.exponential import GAUSS_POINTS, Levels
 from solvers.noise import Noise, as_source
@@ -21,7 +21,7 @@ from solvers.schedules import Schedule
 
 Fit = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # half log-SNR [K] -> (l, s, b), each [K, *D]
 NAMES = ("half_logsnr", "l", "s", "b")
-FORMAT = "diffusion-solvers statistics 1"
+STEEPEST = 20.0  # of the integral of s over a step; noise and data form have -h and 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         for name in NAMES:
-            object.__setattr__(self, name, getattr(self, name).detach().to("cpu", torch.float64))
+            object.__setattr__(self, name, numbers(name, getattr(self, name)).detach())
         nodes = len(self.half_logsnr)
         for name in NAMES[1:]:
             value = getattr(self, name)
@@ -53,8 +53,9 @@ class Statistics:
                 raise ValueError(
                     f"{name} has shape {list(value.shape)}: expected finite [{nodes}, *D], of one shape for l, s and b"
                 )
-        if self.half_logsnr.ndim != 1 or nodes < 4 or not (self.half_logsnr.diff() > 0).all():
-            raise ValueError(f"half_logsnr = {self.half_logsnr}: expected at least 4 increasing numbers")
+        lam = self.half_logsnr
+        if lam.ndim != 1 or nodes < 4 or not (lam.isfinite().all() and (lam.diff() > 0).all()):
+            raise ValueError(f"half_logsnr = {lam!s:.200}: expected at least 4 increasing finite numbers")
 
     def __call__(self, half_logsnr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(l, s, b) at half log-SNR [K], each [K, *D].
@@ -83,7 +84,7 @@ class Statistics:
         """Write a safetensors file, which is whole or not there at all."""
         save_file = _safetensors().torch.save_file
         tensors = {name: getattr(self, name).contiguous() for name in NAMES}
-        write_whole(Path(path), lambda unfinished: save_file(tensors, unfinished, {"format": FORMAT}))
+        write_whole(Path(path), lambda unfinished: save_file(tensors, unfinished))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Statistics":
@@ -109,9 +110,13 @@ def gaussian_statistics(mean: Tensor | float, variance: Tensor | float) -> Fit:
 
     Also a fit for other data of known mean and variance, at no call of the model.
     """
-    mu, v = torch.broadcast_tensors(
-        *(torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in (mean, variance))
-    )
+    mu, v = numbers("mean", mean), numbers("variance", variance)
+    try:
+        mu, v = torch.broadcast_tensors(mu, v)
+    except RuntimeError as error:
+        raise ValueError(
+            f"mean has shape {list(mu.shape)}, variance {list(v.shape)}: expected shapes that broadcast"
+        ) from error
     if not ((v > 0) & v.isfinite() & mu.isfinite()).all():
         raise ValueError(
             f"mean = {mean!s:.60}, variance = {variance!s:.60}: expected finite numbers, the variance above 0"
@@ -156,7 +161,20 @@ def dpm_solver_v3(
         raise ValueError(
             f"the grid's {end} has infinite half log-SNR, where there are no statistics: give a {end} inside, e.g. sv.logsnr"
         )
+    fitted = statistics(lam[:-1]) if callable(statistics) else None
+    if not (
+        isinstance(fitted, tuple) and all(isinstance(v, Tensor) and len(v) == len(lam) - 1 for v in fitted)
+    ):
+        raise TypeError(
+            f"statistics = {statistics!r:.100}: expected a function of half log-SNR [K] that gives (l, s, b), each [K, *D] in float64"
+        )
     steps = [_Integrals.over(statistics, *pair) for pair in zip(lam[:-1], lam[1:], strict=True)]
+    steepest = max(float(step.slope.abs().max()) for step in steps)
+    if not steepest < STEEPEST:
+        raise ValueError(
+            f"the statistics' s has an integral of {steepest:.3g} over one step, a factor of e^{steepest:.3g}: they are not of a smooth "
+            "model; estimate them at more times and of more samples, or take gaussian_statistics"
+        )
     a = torch.stack([torch.exp(-step.linear) for step in steps])
     a = _column(alpha[1:] / alpha[:-1], a) * a
     b, shift = a.new_zeros(len(a), order + corrector, *a.shape[1:]), torch.zeros_like(a)
@@ -170,7 +188,7 @@ def dpm_solver_v3(
             b[i + 1, [1, 0, *range(2, len(better))]] += a[i + 1] * better
             b[i + 1, 1 : 1 + len(weights)] -= a[i + 1] * weights
             shift[i + 1] += a[i + 1] * (better_constant - constant)
-    l, _, _ = statistics(lam[:-1])
+    l, _, _ = fitted
     mix = torch.stack([-_column(alpha[:-1], l) * l, _column(sigma[:-1], l) * (1 - l)], 1)
     return Plan(levels.times, alpha, sigma, a, b, predicts="mixture", mix=mix, shift=shift)
 
@@ -190,7 +208,7 @@ def estimate_statistics(
 
     l = E diag(sigma d eps / dx), by Hutchinson's v (v^T d eps / dx) with random signs v; then s and b by least squares of
     df / dlambda on f, the derivative along the ODE being a central difference over half log-SNR +- delta between DDIM steps.
-    Three calls and `probes` backward passes for every time and sample.
+    Four calls and `probes` backward passes for every time and sample.
     Source: Zheng et al. 2023 (arXiv 2310.13268), section 3.1 and appendix C.
 
     Args:
@@ -207,7 +225,18 @@ def estimate_statistics(
 
     Returns:
         Statistics on the host, float64.
+
+    Raises:
+        TypeError: x0 is not a tensor in float32 or float64.
+        ValueError: x0 or the model's answer is not finite, or has another shape; or no gradient flows through the model.
     """
+    if not isinstance(x0, Tensor) or x0.dtype not in (torch.float32, torch.float64):
+        kind = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
+        raise TypeError(
+            f"x0 is {kind}: expected data in float32 or float64, which statistics need the digits of"
+        )
+    if x0.ndim < 2 or not len(x0) or not x0.isfinite().all():
+        raise ValueError(f"x0 has shape {list(x0.shape)}: expected finite data, [n, *D] with n >= 1")
     positive(delta=delta)
     whole("probes", probes, 1, 10**6)
     whole("batch_size", batch_size, 1, 10**9)
@@ -233,6 +262,8 @@ def estimate_statistics(
             with torch.enable_grad():
                 x.requires_grad_()
                 eps = noise_at(x, levels.times[m])
+                if not eps.isfinite().all():
+                    raise ValueError(f"the model's answer at t = {levels.times[m]:g} is not finite")
                 for k, v in enumerate(signs):
                     (g,) = torch.autograd.grad(eps, x, v[part], retain_graph=k + 1 < probes)
                     l[m] += _host(v[part] * g).sum(0) * levels.sigma[m]

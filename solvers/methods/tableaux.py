@@ -29,6 +29,10 @@ class Tableau:
     def __post_init__(self) -> None:
         if not self.positions or self.positions[0] != 0 or not all(0 <= c <= 1 for c in self.positions):
             raise ValueError(f"positions = {self.positions}: expected c_1 = 0, then numbers in [0, 1]")
+        if not callable(self.weights):
+            raise TypeError(
+                f"weights = {self.weights!r:.100}: expected a function of phi, e.g. lambda p: [[], [p(2) / c2]] for two stages"
+            )
 
     @property
     def stages(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, numbers, whole
-from solvers.discrete import Discrete
+from solvers.grids import given, has_levels
 from solvers.methods.exponential import Form, Levels
 from solvers.methods.multistep import FINALS, MAX_ORDER, VARIANTS, adams, adams_weights, orders_of_steps
 from solvers.plan import Plan, stacked
@@ -74,7 +74,8 @@ def corrected(
     Source: UniC of Zhao et al. 2023 (arXiv 2302.04867), algorithm 1.
 
     Args:
-        plan: noise, data or velocity form; a step that makes one call is corrected, a step of several is not.
+        plan: a predictor not yet corrected, in noise, data or velocity form, whose rows read the calls as an Adams method does. A
+            step that makes one call is corrected, a step of several is not.
         order: p, the number of calls before the new one that the corrector reads; fewer in the first steps.
         variant: "bh1" | "bh2" | "vary_coeff", of corrections that read one call before the new one.
         variable: what the corrector's polynomial is in: "half_logsnr" | "sigma" | "angle".
@@ -85,11 +86,12 @@ def corrected(
         The corrected plan: the same grid, calls and form.
 
     Raises:
-        ValueError: the plan is stochastic, a mixture, or times are not in it.
+        ValueError: the plan is stochastic, a mixture or per element, or times are not in it; or two calls stand at one time, or
+            a time turns back, and `times` do not say which calls are stages.
     """
     whole("order", order, 1, MAX_ORDER)
     choice("variant", variant, VARIANTS)
-    if plan.is_stochastic or plan.predicts == "mixture" or plan.shift.numel():
+    if plan.is_stochastic or plan.predicts == "mixture" or plan.shift.numel() or plan.element_shape:
         raise ValueError(
             f"a plan in {plan.predicts} form, stochastic = {plan.is_stochastic}: expected a deterministic one in noise, data or velocity form"
         )
@@ -121,18 +123,18 @@ def recommended(schedule: Schedule, times: Tensor, scale: float = 1.0) -> Plan:
     """The method that `sample` takes if none is given: UniPC in velocity form, polynomials in the angle, of an order that suits the steps.
 
     Order 5 from 40 steps on; 1 call per step, 4 in the first two of 40 and more; ODE; velocity form. Order p = 2 below 9 steps,
-    4 above; the last steps of lower order below 14 steps. On a Discrete schedule it stays on the levels: no singlestep start,
-    the last steps of lower order. It is regular where alpha = 0, with a network that predicts velocity or flow, and sigma = 0.
+    4 above; the last steps of lower order below 14 steps. On a Discrete schedule it stays on the levels, without the singlestep
+    start, and has order 3 in the limit. It is regular where sigma = 0 and, with a network that predicts data, velocity or flow, where alpha = 0.
     Source: this library; chosen by benchmarks/work_precision.py, see docs/which-solver.md. In the angle, its natural time, it is
     the classical Adams-Bashforth-Moulton method on the circle alpha = cos(theta), sigma = sin(theta).
 
     Args:
         schedule: noise schedule.
-        times: [steps + 1]; its grid is `angle`.
+        times: [steps + 1]; its grid is `angle`, on discrete levels `angle_levels`.
         scale: the data's standard deviation. 1 suits from 0.2 to 2; data in other units want theirs, here and in `angle`.
     """
+    times = given(schedule, times)
     steps = len(times) - 1
-    on_levels = isinstance(schedule, Discrete)
     return unipc(
         schedule,
         times,
@@ -140,16 +142,26 @@ def recommended(schedule: Schedule, times: Tensor, scale: float = 1.0) -> Plan:
         predicts="velocity",
         variable="angle",
         scale=scale,
-        start="ramp" if steps < 40 or on_levels else "singlestep",
-        final="lower" if steps < 14 or on_levels else "full",
+        start="ramp" if steps < 40 or has_levels(schedule) else "singlestep",
+        final="lower" if steps < 14 else "full",
     )
 
 
 def _calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
     """The number of the call that begins each step: the last one at its time, as a stage may stand there before it."""
     if times is None:
+        steps = plan.times.diff() * (plan.times[-1] - plan.times[0])
+        if not (steps > 0).all():
+            raise ValueError(
+                "the plan calls twice at one time, so some calls are stages: give the outer steps, corrected(plan, order, times=times)"
+            )
         return torch.arange(plan.nfe, device="cpu")
-    outer = numbers("times", times)[:-1]
+    outer = numbers("times", times)
+    if not torch.equal(outer[[0, -1]], plan.times[[0, -1]]):
+        raise ValueError(
+            f"times go from {outer[0]:g} to {outer[-1]:g}: expected the plan's ends, {plan.times[0]:g} and {plan.times[-1]:g}"
+        )
+    outer = outer[:-1]
     there = plan.times[:-1] == outer[:, None]
     if not there.any(1).all():
         raise ValueError(
