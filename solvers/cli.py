@@ -60,7 +60,7 @@ GRIDS: dict[str, Grid] = {
 BUILDS = {RECOMMENDED: sv.recommended} | {name: method.build for name, method in METHODS.items()}
 SOLVERS = [*BUILDS, FAST]
 COMPARED = (
-    "recommended,ddim,heun,dpm_solver_3,dpm_solver_pp_2s,dpm_solver_pp_2m,dpm_solver_pp_3m_ramp,deis_t_3_ramp,unipc_3_ramp,"
+    "recommended,ddim,ipndm,dpm_solver_3,dpm_solver_pp_2s,dpm_solver_pp_2m,dpm_solver_pp_3m_ramp,deis_t_3_ramp,unipc_3_ramp,"
     "adams_velocity_3_ramp"
 )
 MEASURES = {"median": "error of the median sample", "rms": "root-mean-square error over all samples"}

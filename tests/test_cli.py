@@ -237,7 +237,7 @@ def test_a_network_of_whole_steps_is_held_against_a_run_on_its_levels(mine):
         *stepwise,
         "recommended",
         "adams_velocity_3_ramp",
-        "heun",
+        "ipndm",
     }
     assert {record["reference"] for record in records} == {"a fine run of 40 calls"}
 

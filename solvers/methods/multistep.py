@@ -7,7 +7,7 @@ from torch import Tensor
 
 from solvers.arguments import choice, number, whole
 from solvers.methods.exponential import Form, Levels, interpolatory, refuse_no_data
-from solvers.methods.singlestep import first_order_steps, singlestep, singlestep_variable
+from solvers.methods.singlestep import at_calls, first_order_steps, singlestep, singlestep_variable
 from solvers.plan import Plan, fold, stacked
 from solvers.schedules import Schedule
 
@@ -197,7 +197,7 @@ def pndm(schedule: Schedule, times: Tensor) -> Plan:
     started = min(3, len(levels.times) - 1)
     s, t = levels[:started], levels[1 : started + 1]
     middle = Levels.at(schedule, (s.times + t.times) / 2)
-    form, stages = Form("noise"), (s, middle, middle, t)
+    form = Form("noise")
     ends = [form.exact_part(s, end) for end in (middle, middle, t, t)]
     shares = torch.tensor(
         [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1 / 6, 1 / 3, 1 / 3, 1 / 6]],
@@ -207,11 +207,7 @@ def pndm(schedule: Schedule, times: Tensor) -> Plan:
     weights = torch.stack([total[:, None] * share for (_, total), share in zip(ends, shares, strict=True)], 1)
     a, b = fold(torch.stack([a for a, _ in ends], 1), weights)
 
-    def at_calls(name: str) -> Tensor:
-        calls = torch.stack([getattr(stage, name) for stage in stages], 1).flatten()
-        return torch.cat([calls, getattr(t, name)[-1:]])
-
-    head = Plan(at_calls("times"), at_calls("alpha"), at_calls("sigma"), a, b, predicts="noise")
+    head = Plan(*at_calls([s, middle, middle, t], t), a, b, predicts="noise")
     steps = len(levels.times) - 1
     if started == steps:
         return head

@@ -106,64 +106,74 @@ def exponential_rk(
         scale: of the velocity form.
     """
     form = Form(predicts, variable, scale)
-    classical = variable == NATURAL.get(predicts)
-    if not classical and (variable != "half_logsnr" or predicts not in RATE):
+    if not _is_classical(form) and (variable != "half_logsnr" or predicts not in RATE):
         raise ValueError(
-            f"predicts = {predicts!r}, variable = {variable!r}: expected half_logsnr for noise and data, sigma for noise, angle for velocity"
+            f"predicts = {predicts!r}, variable = {variable!r}: expected variable='half_logsnr' for noise and data, 'sigma' for noise, "
+            "'angle' for velocity"
         )
     if not isinstance(tableau, Tableau):
         raise TypeError(f"tableau = {tableau!r:.100}: expected a Tableau, e.g. tableaux.krogstad")
     levels = Levels.of(schedule, times)
-    if tableau.stages > 1 and (first_order := first_order_steps(variable, levels)).any():
-        pieces = []
-        for lowered, i, j in _runs(first_order):
-            steps = levels.times[i : j + 1]
-            pieces.append(
-                exponential_rk(schedule, steps, euler if lowered else tableau, predicts, variable, scale)
-            )
-        return sum(pieces[1:], pieces[0])
+    lowered = first_order_steps(variable, levels) & (tableau.stages > 1)
+    pieces = [
+        _runge_kutta(schedule, levels[i : j + 1], euler if first_order else tableau, form)
+        for first_order, i, j in _runs(lowered)
+    ]
+    return sum(pieces[1:], pieces[0])
+
+
+def _runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form) -> Plan:
+    """The rows of a tableau on a grid none of whose steps is special."""
     s, t = levels[:-1], levels[1:]
     h = t.half_logsnr - s.half_logsnr
-    start, whole_step = form.place(s), form.place(t) - form.place(s)
-    inner = [
-        Levels.at(schedule, schedule.time(form.half_logsnr(variable, start + c * whole_step)))
-        if 0 < c < 1
-        else (t if c else s)
-        for c in tableau.positions[1:]
-    ]
+    classical, start = _is_classical(form), form.place(s)
+
+    def level(c: float) -> Levels:
+        place = start + c * (form.place(t) - start)
+        return Levels.at(schedule, schedule.time(form.half_logsnr(form.variable, place)))
 
     def phi_at(k: int, c: float = 1.0) -> Tensor:
-        return phi(k, torch.zeros_like(h) if classical else RATE[predicts] * c * h)
+        return phi(k, torch.zeros_like(h) if classical else RATE[form.predicts] * c * h)
 
-    _, total = form.exact_part(s, t)
+    calls = [s if c == 0 else t if c == 1 else level(c) for c in tableau.positions]
     weights = tableau.weights(phi_at)
-    if [len(row) for row in weights] != [*range(tableau.stages - 1), tableau.stages - 1]:
-        expected = [*range(tableau.stages - 1), tableau.stages - 1]
+    if [len(row) for row in weights] != (expected := [*range(tableau.stages - 1), tableau.stages - 1]):
         raise ValueError(
             f"the tableau has {[len(row) for row in weights]} weights: expected {expected}, of outputs 2, 3, ... in stages 2, 3, ... "
             "and in the end"
         )
-    stages = tableau.stages
-    x_weights, table = h.new_zeros(len(h), stages), h.new_zeros(len(h), stages, stages)
-    units = [form.unit(stage) for stage in (s, *inner)]
-    for k, (end, outputs) in enumerate(zip([*inner, t], weights, strict=True)):
+    _, total = form.exact_part(s, t)
+    x_weights, table = (
+        h.new_zeros(len(h), tableau.stages),
+        h.new_zeros(len(h), tableau.stages, tableau.stages),
+    )
+    for k, (end, outputs) in enumerate(zip([*calls[1:], t], weights, strict=True)):
         x_weights[:, k], part = form.exact_part(s, end)
         scaled = total / form.norm(t) * form.norm(end) if classical else form.slope(end) * h
         for j, weight in enumerate(outputs, start=1):
             table[:, k, j] = scaled * weight
         table[:, k, 0] = part - table[:, k, 1:].sum(1)
-        table[:, k] /= torch.stack(units, 1)
-    a, b = fold(x_weights, table)
-
-    def at_calls(name: str) -> Tensor:
-        calls = torch.stack([getattr(stage, name) for stage in (s, *inner)], 1)
-        return torch.cat([calls.flatten(), getattr(t, name)[-1:]])
-
-    grid = (at_calls("times"), at_calls("alpha"), at_calls("sigma"))
+    a, b = fold(x_weights, table / torch.stack([form.unit(call) for call in calls], 1)[:, None])
     turns = len(h) * sum(
         c < before for before, c in zip(tableau.positions[:-1], tableau.positions[1:], strict=True)
     )
-    return Plan(*grid, a, b, predicts=predicts, scale=scale, turns=turns)
+    return Plan(*at_calls(calls, t), a, b, predicts=form.predicts, scale=form.scale, turns=turns)
+
+
+def at_calls(calls: list[Levels], t: Levels) -> tuple[Tensor, Tensor, Tensor]:
+    """Times, alpha and sigma of every call of steps that call at some levels each, and of the end."""
+
+    def flat(name: str) -> Tensor:
+        return torch.cat(
+            [torch.stack([getattr(call, name) for call in calls], 1).flatten(), getattr(t, name)[-1:]]
+        )
+
+    return flat("times"), flat("alpha"), flat("sigma")
+
+
+def _is_classical(form: Form) -> bool:
+    """Whether stages are placed in the natural time, where nothing is left of the linear part."""
+    return form.variable == NATURAL.get(form.predicts)
 
 
 def singlestep(
