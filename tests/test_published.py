@@ -216,7 +216,7 @@ def authors_ipndm(model, x, sigmas, order=4):
 
 
 def leapfrog(model, x, sigmas):
-    """O-BELM, eq. 18 of its paper with alpha = 1: x_{n+1} from x_{n-1}, x_n and the noise predicted at x_n."""
+    """O-BELM of its paper with alpha = 1: x_{n+1} from x_{n-1}, x_n and the noise predicted at x_n."""
     slope = (x - model(x, sigmas[0])) / sigmas[0]
     before, x = x, x + (sigmas[1] - sigmas[0]) * slope
     for i in range(1, len(sigmas) - 1):
@@ -340,7 +340,7 @@ def test_authors_unipc_is_our_table(order, variant, corrector):
 @pytest.mark.parametrize("order", [2, 3, 4])
 @pytest.mark.parametrize("variable", ["t", "sigma", "half_logsnr"])
 def test_deis_integrates_its_polynomials_as_adaptive_quadrature_does(variable, order):
-    """eq. 15 of DEIS: C_ij = int l_j drho over the step, l_j the Lagrange basis in t, rho or log rho."""
+    """DEIS: C_ij = int l_j drho over the step, l_j the Lagrange basis in t, rho or log rho."""
     times = sv.logsnr(VP, 6)
     plan = sv.deis(VP, times, order, variable)
     lam = VP.half_logsnr(times)

@@ -20,7 +20,7 @@ def obelm(schedule: Schedule, times: Tensor) -> Plan:
     (`sv.Inversion`), from `State.between(plan, x_N, x_{N-1})`, calls the network where the run did, and undoes it to rounding:
     from data to noise and back on any grid. Where steps of sigma / alpha grow, towards noise, rounding and the first step's
     error grow with the square of their ratio: encode on `uniform`, `karras` or `logsnr` times, not on `angle`.
-    Source: Wang et al. 2024 (arXiv 2410.07273), eq. 18.
+    Source: Wang et al. 2024 (arXiv 2410.07273), O-BELM.
 
     Args:
         schedule: noise schedule.

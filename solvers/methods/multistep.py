@@ -130,7 +130,7 @@ def deis(
 
     Order p with start = "singlestep" (p <= 5), else 2 for p >= 3; 1 call per step; ODE; noise form.
     On a Discrete schedule t bends at the levels, and the integrals over t keep 1e-4 of their value.
-    Source: Zhang & Chen 2023 (arXiv 2204.13902), eq. 13 to 15; its "order r" is a polynomial of degree r, here order r + 1.
+    Source: Zhang & Chen 2023 (arXiv 2204.13902), tAB-DEIS and rhoAB-DEIS; its "order r" is a polynomial of degree r, here order r + 1.
     Differs: the released code integrates by Riemann sums, with relative errors of 1e-4; here the weights are closed forms or
     Gauss-Legendre in float64. rhoRK is `exponential_rk` with predicts="noise", variable="sigma".
     See `exponential_adams` for start and final.
@@ -154,7 +154,7 @@ def ipndm(schedule: Schedule, times: Tensor, order: int = 4) -> Plan:
 
     Order 2 for every `order` above 1, 1 where steps never settle; 1 call per step; ODE; noise form. Only on a grid of equal steps in sigma / alpha do the
     rows have order `order`; `ipndm_v` has the weights of the steps taken.
-    Source: Zhang & Chen 2023 (arXiv 2204.13902), appendix H.1, after Liu et al. 2022 (arXiv 2202.09778).
+    Source: Zhang & Chen 2023 (arXiv 2204.13902), after Liu et al. 2022 (arXiv 2202.09778).
 
     Args:
         schedule: noise schedule.
@@ -186,7 +186,7 @@ def pndm(schedule: Schedule, times: Tensor) -> Plan:
     """PNDM: iPNDM of order 4, begun by three pseudo Runge-Kutta steps with their middle at the middle of t.
 
     Order 2, 1 where steps never settle; 1 call per step, 4 in each of the first three; ODE; noise form.
-    Source: Liu et al. 2022 (arXiv 2202.09778), algorithm 2 and eq. 12 to 14.
+    Source: Liu et al. 2022 (arXiv 2202.09778), algorithm 2.
 
     Args:
         schedule: noise schedule.

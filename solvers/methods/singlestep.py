@@ -71,7 +71,7 @@ def heun(schedule: Schedule, times: Tensor, alpha: float = 1.0) -> Plan:
     """Heun's method of EDM and the family it belongs to: a stage at rho_s + alpha (rho_t - rho_s), weights 1 - 1/(2 alpha), 1/(2 alpha).
 
     Order 2; 2 calls per step; ODE; noise form. The last step to sigma = 0 is Euler's, so 2 N - 1 calls.
-    Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 1 and eq. 49 to 56 of its appendix.
+    Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 1; the family is in its appendix.
 
     Args:
         schedule: noise schedule.

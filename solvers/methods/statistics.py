@@ -143,7 +143,7 @@ def dpm_solver_v3(
 
     with the polynomial of g through the calls' N. Exact on Gaussian data with independent elements and their exact statistics.
     Needs: statistics of the model; finite half log-SNR.
-    Source: Zheng et al. 2023 (arXiv 2310.13268), eq. 8 to 13 and algorithm 2. Differs: integrals by Gauss points of each step,
+    Source: Zheng et al. 2023 (arXiv 2310.13268). Differs: integrals by Gauss points of each step,
     where the released code sums over the statistics' grid and moves the times onto it.
 
     Args:

@@ -110,7 +110,7 @@ etdrk4 = Tableau(  # Cox & Matthews 2002, eq. 26 to 29; the classical fourth ord
 krogstad = Tableau(  # Krogstad 2005 (doi 10.1016/j.jcp.2004.08.006), ETDRK4-B
     (0.0, 1 / 2, 1 / 2, 1.0), lambda p: [[], [p(2, 1 / 2)], [0 * p(1), 2 * p(2)], _fourth_order_end(p)]
 )
-strehmel_weiner = Tableau(  # Strehmel & Weiner 1992, in Hochbruck & Ostermann 2005, eq. 5.8
+strehmel_weiner = Tableau(  # Strehmel & Weiner 1992, in Hochbruck & Ostermann 2005, section 5
     (0.0, 1 / 2, 1 / 2, 1.0),
     lambda p: [
         [],

@@ -65,7 +65,8 @@ def corrected(
 ) -> Plan:
     """A multistep plan, each of its steps corrected once the model has been called at its end (PEC), at no further call.
 
-    Order p + 1 for a predictor of order p or p + 1 and a corrector of order p; 1 call per step; ODE; form of the plan. x at
+    Order p + 1 for a predictor of order p or p + 1, begun as well, and a corrector of order p; 1 call per step; ODE; form of the
+    plan. x at
     call i is the predicted state; with the predictor's weights P and the corrector's C of the step before, row i becomes
 
         x <- a_i (x + sum_j (C - P)_{i-1,j} m_{i-j}) + sum_j P_ij m_{i-j},
@@ -100,10 +101,8 @@ def corrected(
     levels = Levels(plan.times[ends], plan.alpha[ends], plan.sigma[ends], plan.half_logsnr[ends])
     form = Form(plan.predicts, choice("variable", variable, PLACES), plan.scale)
     orders = orders_of_steps(levels, form, order, choice("final", final, FINALS))
-    alone = ((ends.diff() == 1) & ~form.is_infinite(levels))[
-        :-1
-    ].tolist()  # the last step has no call at its end
-    steps = [i for i, one_call in enumerate(alone) if one_call]
+    regular = ((ends.diff() == 1) & ~form.is_infinite(levels)).tolist()
+    steps = [i for i, one_call in enumerate(regular[:-1]) if one_call]  # the last step has no call at its end
     width = max([plan.window, *(1 + int(calls[i + 1] - calls[i + 1 - orders[i]]) for i in steps)])
     change = plan.b.new_zeros(plan.nfe, width + 1)  # C - P of the step before each row
     for q in {orders[i] for i in steps}:
@@ -131,7 +130,7 @@ def recommended(schedule: Schedule, times: Tensor, scale: float = 1.0) -> Plan:
     Args:
         schedule: noise schedule.
         times: [steps + 1]; its grid is `angle`, on discrete levels `angle_levels`.
-        scale: the data's standard deviation. 1 suits from 0.2 to 2; data in other units want theirs, here and in `angle`.
+        scale: the data's standard deviation. 1 suits from 0.2 to 1.5; data in other units want theirs, here and in `angle`.
     """
     times = given(schedule, times)
     steps = len(times) - 1
