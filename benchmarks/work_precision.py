@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 import solvers as sv
 from reference import Distribution, Mixture, digits
-from solvers.comparison import RECOMMENDED, errors, within
+from solvers.comparison import errors, within
 from solvers.methods import METHODS
 
 CALLS = (5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
 SCHEDULES = {"VP": sv.VP(), "EDM": sv.EDM()}
 GRIDS = {grid.__name__: grid for grid in (sv.uniform, sv.quadratic, sv.power, sv.logsnr, sv.karras, sv.angle)}
-SAMPLERS = {RECOMMENDED: 5} | {name: method.order for name, method in METHODS.items()}  # with their orders
+SAMPLERS = {"recommended": 5} | {name: method.order for name, method in METHODS.items()}  # with their orders
 
 
 def ring() -> Mixture:

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 import solvers as sv
-from solvers.methods import METHODS
+from solvers.methods import BUILDS, METHODS
 
 PAGE = Path(__file__).with_name("methods.md")
 BEGIN, END = "<!-- methods.py: begin -->\n", "<!-- methods.py: end -->"
-BUILDS = {"recommended": sv.recommended} | {name: method.build for name, method in METHODS.items()}
 HEADS = ("name", "call", "order", "calls per step", "form", "needs", "source")
 SCHEDULE, FLOW = sv.VP(), sv.Flow()
 

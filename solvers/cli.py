@@ -23,9 +23,9 @@ from typer.core import TyperGroup
 
 import solvers as sv
 from solvers import figures
-from solvers.comparison import FAST, RECOMMENDED, Grid, Problem, answer, candidates, errors, versions
+from solvers.comparison import FAST, Grid, Problem, answer, candidates, errors, versions
 from solvers.grids import usual
-from solvers.methods import METHODS
+from solvers.methods import BUILDS, METHODS
 from solvers.plan import write_whole
 
 T = TypeVar("T")
@@ -57,7 +57,6 @@ GRIDS: dict[str, Grid] = {
         sv.linspace,
     )
 }
-BUILDS = {RECOMMENDED: sv.recommended} | {name: method.build for name, method in METHODS.items()}
 SOLVERS = [*BUILDS, FAST]
 COMPARED = (
     "recommended,ddim,ipndm,dpm_solver_3,dpm_solver_pp_2s,dpm_solver_pp_2m,dpm_solver_pp_3m_ramp,deis_t_3_ramp,unipc_3_ramp,"
@@ -233,7 +232,7 @@ def compare(
 def sample(
     solver: Annotated[
         str, typer.Option("--solver", "--method", help=f"One of {', '.join(BUILDS)}.")
-    ] = RECOMMENDED,
+    ] = "recommended",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the grid.")] = 20,
     schedule: ScheduleName = None,
     grid: GridName = None,

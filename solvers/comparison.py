@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 import solvers as sv
-from solvers.methods import METHODS, Method
+from solvers.methods import BUILDS, METHODS
 from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
 
 Grid = Callable[..., Tensor]  # (schedule, steps) -> times
 
 FAST = "dpm_solver_fast"  # takes a budget of calls instead of times, so it stands beside the table of methods
-RECOMMENDED = "recommended"  # as its order and calls follow the steps, so does this one
 CERTIFIED = 1e-11  # how well the digits' exact answer is known
 
 
@@ -57,9 +56,9 @@ def within(name: str, schedule: sv.Schedule, grid: Grid, calls: int) -> sv.Plan 
                 "it stands on a grid of its own, uniform in log-SNR: compare it on --grid logsnr"
             )
         return sv.dpm_solver_fast(schedule, calls)
-    method = Method(sv.recommended, 5, 1) if name == RECOMMENDED else METHODS[name]
-    for steps in range(calls // method.calls_per_step, 0, -1):
-        plan = method.build(schedule, grid(schedule, steps))
+    per_step = METHODS[name].calls_per_step if name in METHODS else 1
+    for steps in range(calls // per_step, 0, -1):
+        plan = BUILDS[name](schedule, grid(schedule, steps))
         if plan.nfe <= calls:
             return plan
     return None

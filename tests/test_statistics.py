@@ -52,7 +52,8 @@ def papers_v3(model, x, times, schedule, fit, order, corrector):
     outputs = []
     for i in range(len(lam) - 1):
         s = lam[i]
-        outputs.append(sigma[i] * model(x, times[i]) - at(s)[0] * x) if len(outputs) == i else None
+        if i == 0:
+            outputs.append(sigma[i] * model(x, times[i]) - at(s)[0] * x)
 
         def linear(v, s=s):
             return integral(lambda u: at(u)[0], s, v)
@@ -73,12 +74,7 @@ def papers_v3(model, x, times, schedule, fit, order, corrector):
                     return math.exp(linear(v) + slope(v)) * basis
 
                 total = total + integral(weighted, s, lam[i + 1]) * g
-            constant = integral(lambda v: math.exp(linear(v) + slope(v)) * offset(v), s, lam[i + 1])
-            shift = torch.zeros_like(x)
-            shift[0] = (
-                constant  # the trace is of the linear part; the constant is looked at in its first column
-            )
-            return alpha[i + 1] * math.exp(-linear(lam[i + 1])) * (x / alpha[i] - total - 0 * shift)
+            return alpha[i + 1] * math.exp(-linear(lam[i + 1])) * (x / alpha[i] - total)
 
         nodes = list(range(max(0, i - order + 1), i + 1))
         predicted = step(nodes)

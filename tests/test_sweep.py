@@ -5,7 +5,7 @@ import torch
 
 import solvers as sv
 from problems import line_model
-from solvers.methods import METHODS
+from solvers.methods import BUILDS, METHODS
 
 FEW = (*range(1, 13), 20)
 MANY = (50, 100, 999, 1000, 1001)
@@ -24,7 +24,6 @@ LEVELS = places({"ddpm": sv.Discrete.linear(1000)}, (sv.angle_levels, sv.trailin
 PLACES = places({"vp": sv.VP()}, GRIDS) | places({"flow": sv.Flow()}, (sv.uniform, sv.angle)) | LEVELS
 OTHER_PLACES = places({"edm": EDM, "cosine": sv.Cosine(), "subvp": sv.SubVP()}, GRIDS)
 EVERYWHERE = PLACES | OTHER_PLACES
-BUILDS = {"recommended": sv.recommended} | {name: method.build for name, method in METHODS.items()}
 FORMS = {name: build(sv.VP(), sv.logsnr(sv.VP(), 2)).predicts for name, build in BUILDS.items()}
 
 

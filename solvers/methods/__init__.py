@@ -31,7 +31,7 @@ from solvers.methods.tableaux import (
     strehmel_weiner,
     third_order,
 )
-from solvers.methods.unipc import unipc
+from solvers.methods.unipc import recommended, unipc
 from solvers.plan import Plan
 from solvers.schedules import Schedule
 
@@ -141,3 +141,8 @@ METHODS: dict[str, Method] = {
     ),
     "obelm": Method(obelm, 2, 1),
 }
+
+BUILDS: dict[str, Callable[[Schedule, Tensor], Plan]] = {"recommended": recommended} | {
+    name: method.build for name, method in METHODS.items()
+}
+"""Every method by name; `recommended` has no entry above, as its order and calls follow the number of steps."""
