@@ -335,11 +335,8 @@ def at_columns(weights: Tensor, calls: Tensor, started: int) -> Tensor:
     """Weights of the outputs at grid points, [rows, q], in the columns of their calls, for the steps from `started` on."""
     rows, q = weights.shape
     node = torch.arange(started, started + rows, device="cpu")[:, None]
-    columns = torch.where(
-        node >= torch.arange(q, device="cpu"),
-        calls[node] - calls[(node - torch.arange(q, device="cpu")).clamp(min=0)],
-        0,
-    )
+    read = node - torch.arange(q, device="cpu")
+    columns = torch.where(read >= 0, calls[node] - calls[read.clamp(min=0)], 0)
     used = torch.where(weights != 0, columns, 0)
     return weights.new_zeros(rows, 1 + int(used.max())).scatter_add_(1, used, weights)
 

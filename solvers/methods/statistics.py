@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from solvers.arguments import numbers, positive, whole
 from solvers.grids import given
-from solvers.methods.exponential import GAUSS_POINTS, Levels
-from solvers.noise import Noise, as_source
+from solvers.methods.exponential import GAUSS, Form, Levels
+from solvers.noise import Noise, as_source, noised
 from solvers.plan import Plan, write_whole
 from solvers.predictions import AnyModel, predictor
 from solvers.schedules import Schedule
@@ -253,7 +253,7 @@ def estimate_statistics(
     drawn, signs = source(0, x0), [source(1 + k, x0).sign() for k in range(probes)]
 
     def batches(m: int) -> list[tuple[Tensor, slice]]:
-        x = float(levels.alpha[m]) * x0 + float(levels.sigma[m]) * drawn
+        x = noised(x0, schedule, levels.times[m], drawn)
         return [(x[i : i + batch_size], slice(i, i + batch_size)) for i in range(0, len(x), batch_size)]
 
     l = torch.zeros(shape, dtype=torch.float64, device="cpu")
@@ -273,8 +273,8 @@ def estimate_statistics(
     sums = torch.zeros(5, *shape, dtype=torch.float64, device="cpu")
     for m in tqdm(range(len(lam)), disable=not progress, desc="s, b", unit="time"):
         near = torch.stack([(lam[m] - delta).clamp(min=lam[0]), (lam[m] + delta).clamp(max=lam[-1])])
-        ends = Levels.at(schedule, schedule.time(near))
-        here = levels[m : m + 1]
+        ends, (shares, _, _) = Levels.at(schedule, schedule.time(near)), known(near)
+        of_x, of_noise = Form("noise").exact_part(levels[m : m + 1], ends)
         for x, _ in batches(m):
             with torch.no_grad():
                 eps = noise_at(x, levels.times[m])
@@ -282,13 +282,9 @@ def estimate_statistics(
                 f, size = parts[0] - parts[1], parts[0] ** 2 + parts[1] ** 2
                 values = []
                 for k in range(2):
-                    ratio = ends.alpha[k] / here.alpha[0]
-                    moved = float(ratio) * x + float(ends.sigma[k] - ratio * here.sigma[0]) * eps
-                    share = known(near[k : k + 1])[0][0].to(x)
-                    values.append(
-                        _host(float(ends.sigma[k]) * noise_at(moved, ends.times[k]) - share * moved)
-                        / ends.alpha[k]
-                    )
+                    moved = float(of_x[k]) * x + float(of_noise[k]) * eps
+                    output = float(ends.sigma[k]) * noise_at(moved, ends.times[k])
+                    values.append(_host(output - shares[k].to(x) * moved) / ends.alpha[k])
                 slope = (values[1] - values[0]) / (near[1] - near[0])
             sums[:, m] += torch.stack([v.sum(0) for v in (f, slope, f * f, f * slope, size)])
     mean, mean_slope, square, product, size = sums / len(x0)
@@ -330,10 +326,8 @@ def _row(
 ) -> tuple[Tensor, Tensor]:
     """The weights of N at the nodes i + n, [nodes, *D], and the constant, [*D], of step i with g's polynomial through them."""
     step, zero = steps[i], torch.zeros_like(steps[i].slope)
-    slopes, offsets = (
-        {0: zero, 1: step.slope},
-        {0: zero, 1: step.offset},
-    )  # S and B from the step's start to a node
+    slopes = {0: zero, 1: step.slope}  # S from the step's start to a node
+    offsets = {0: zero, 1: step.offset}  # and B
     for n in range(-1, min(nodes) - 1, -1):
         before = steps[i + n]
         slopes[n] = slopes[n + 1] - before.slope
@@ -353,15 +347,15 @@ def _row(
 
 def _cumulative() -> tuple[Tensor, Tensor]:
     """Gauss points on [0, 1], [G], and the weights that integrate a function of them from 0 to each and to 1, [G + 1, G]."""
-    points, weights = np.polynomial.legendre.leggauss(GAUSS_POINTS)
-    degrees = np.arange(GAUSS_POINTS)
-    values = np.polynomial.legendre.legvander(np.append(points, 1.0), GAUSS_POINTS)
+    points, weights = GAUSS
+    degrees = np.arange(len(points))
+    values = np.polynomial.legendre.legvander(2 * np.append(points, 1.0) - 1, len(points))
     coefficients = (
-        (degrees[:, None] + 0.5) * values[:-1, :-1].T * weights
+        (2 * degrees[:, None] + 1) * values[:-1, :-1].T * weights
     )  # of the Legendre series, [degree, G]
     below = np.hstack([-np.ones((len(values), 1)), values[:, :-2]])  # P_{k-1}, with P_{-1} = -1
     integrals = (values[:, 1:] - below) / (2 * degrees + 1)
-    return torch.from_numpy((points + 1) / 2), torch.from_numpy(integrals @ coefficients / 2)
+    return torch.from_numpy(points), torch.from_numpy(integrals @ coefficients / 2)
 
 
 POINTS, CUMULATIVE = _cumulative()
