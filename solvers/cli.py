@@ -26,7 +26,7 @@ from solvers import figures
 from solvers.comparison import FAST, Grid, Problem, answer, candidates, errors, versions
 from solvers.grids import usual
 from solvers.methods import BUILDS, METHODS
-from solvers.plan import write_whole
+from solvers.files import write_whole
 
 T = TypeVar("T")
 Files = dict[str, Callable[[Path], object]]  # by name, what fills it

@@ -36,13 +36,13 @@ def phi(k: int, z: Tensor) -> Tensor:
     return torch.where(small, series, recursion)
 
 
-def moment(k: int, h: Tensor, rate: float) -> Tensor:
+def moment(k: int, h: Tensor, rate: float | Tensor) -> Tensor:
     """Integral over a step of u^k against the kernel: int_0^h exp(rate (h - u)) u^k du = k! h^{k+1} phi_{k+1}(rate h).
 
     Args:
         k: power, >= 0.
         h: step lengths, any shape, float64, finite.
-        rate: exponent of the kernel; +1 in noise form, -1 in data form.
+        rate: exponent of the kernel; +1 in noise form, -1 in data form, -(1 + tau^2) in that of an SDE, a tensor like h.
 
     Returns:
         The moments, the shape of h, float64.

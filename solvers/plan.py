@@ -1,22 +1,19 @@
 """The table that a sampler is: its fields, checks, printing, fold, slice, +, save and load."""
 
-import json
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from solvers.arguments import choice, number
+from solvers.files import MAX_BYTES, MAX_COLUMNS, MAX_ROWS, text_of, values_of, write_whole
 from solvers.predictions import mixture
 
 FORMS = ("noise", "data", "velocity", "mixture")
 CONSISTENCY = 1e-10  # of the largest term; a table computed in float64 keeps about 1e-15
-FORMAT = "diffusion-solvers plan 1"
-MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 10**5, 1024, 2**28
 
 
 def _none() -> Tensor:
@@ -29,7 +26,7 @@ class Plan:
 
         m_i = model(x, times[i]);   x <- a_i x + sum_j b_ij m_{i-j} + sum_k c_ik z_{i-k} + shift_i
 
-    Every array is float64 on the host. Made by a method, `(schedule, times, **options) -> Plan`, and executed by `run`.
+    A call whose output no row reads is not made: a row that only adds noise costs none. Every array is float64 on the host. Made by a method, `(schedule, times, **options) -> Plan`, and executed by `run`.
     Coefficients may differ from element to element of x: then a, b, mix and shift have its dimensions (*D) behind their own.
 
     Attributes:
@@ -44,13 +41,16 @@ class Plan:
         mix: [N, 2, *D]; for "mixture" alone, the weights (p, q) of data and noise in the output p x_0 + q eps of each call.
         shift: [N, *D]; a constant added by each row; empty (the default) for none.
         turns: how many steps of `times` go against the way from first to last, declared so that a slip is refused: tableaux
-            with a stage behind their last have one in each step.
+            with a stage behind their last have one in each step, and so have rows that only add noise.
+        variances: [N, 3]; (least, most, cap) of the variance of each row's own noise where the model's second output chooses
+            it, as `Model.variance` says; empty (the default) where c says it all.
+        consistent: False for Euler's steps in t, whose rows carry alpha and sigma only up to the square of the step.
 
     Raises:
         TypeError: a field is not a float64 tensor on the host.
         ValueError: shapes do not fit, a value is not finite, times turn back, a row reads a call before the first, or a
-            row is not consistent: in noise and data form, it would not carry alpha and sigma from level to level on data
-            concentrated in one point; in velocity form, not where the velocity is 0 or in proportion to
+            row is not consistent: in noise and data form, it would not carry alpha (and sigma, if it adds no noise) from level
+            to level on data concentrated in one point; in velocity form, not where the velocity is 0 or in proportion to
             sqrt(scale^2 alpha^2 + sigma^2). A mixture has no such check, nor has a row with a shift.
     """
 
@@ -65,6 +65,8 @@ class Plan:
     mix: Tensor = field(default_factory=_none)
     shift: Tensor = field(default_factory=_none)
     turns: int = 0
+    variances: Tensor = field(default_factory=_none)
+    consistent: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", number("scale", self.scale))
@@ -78,9 +80,22 @@ class Plan:
         self._check_consistency()
 
     @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return len(self.a)
+
+    @property
+    def is_called(self) -> Tensor:
+        """Whether the model is called in each row, as some row reads its output, [N]."""
+        row, column = _positions(self.rows, self.window)
+        called = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
+        called[(row - column)[nonzero(self.b)]] = True
+        return called
+
+    @property
     def nfe(self) -> int:
         """The number of model calls."""
-        return len(self.a)
+        return int(self.is_called.sum())
 
     @property
     def window(self) -> int:
@@ -90,7 +105,7 @@ class Plan:
     @property
     def is_stochastic(self) -> bool:
         """Whether a run draws noise."""
-        return bool((self.c != 0).any())
+        return bool((self.c != 0).any() or (self.variances != 0).any())
 
     @property
     def element_shape(self) -> tuple[int, ...]:
@@ -135,9 +150,9 @@ class Plan:
         """
         if not isinstance(rows, slice) or rows.step not in (None, 1):
             raise TypeError(f"plan[{rows!r}]: expected a slice with step 1, e.g. plan[3:]")
-        first, last, _ = rows.indices(self.nfe)
+        first, last, _ = rows.indices(self.rows)
         if last <= first:
-            raise ValueError(f"plan[{first}:{last}] has no rows: expected 0 <= first < last <= {self.nfe}")
+            raise ValueError(f"plan[{first}:{last}] has no rows: expected 0 <= first < last <= {self.rows}")
         for name, array in (("call", self.b), ("draw", self.c)):
             row, column = _positions(last - first, array.shape[1])
             early = nonzero(array[first:last]) & (column > row)
@@ -150,9 +165,9 @@ class Plan:
         span = slice(first, last + 1)
         b, c = (array[first:last, : last - first] for array in (self.b, self.c))
         levels = (self.times[span], self.alpha[span], self.sigma[span])
-        mix, shift = self.mix[first:last], self.shift[first:last]
+        own = {name: getattr(self, name)[first:last] for name in ("a", "mix", "shift", "variances")}
         turns = _turns(self.times[span])
-        return Plan(*levels, self.a[first:last], b, c, self.predicts, self.scale, mix, shift, turns)
+        return replace(self, **dict(zip(_LEVELS, levels, strict=True)), **own, b=b, c=c, turns=turns)
 
     def __add__(self, other: "Plan") -> "Plan":
         """This plan and then the other, which starts where this one ends.
@@ -172,18 +187,23 @@ class Plan:
         if self._form() != other._form():
             forms = " and ".join(f"{p.predicts!r}, scale {p.scale:g}" for p in (self, other))
             raise ValueError(f"plans of different forms cannot be joined: {forms}")
-        if bool(self.shift.numel()) != bool(other.shift.numel()) or self.element_shape != other.element_shape:
+        optional = [bool(getattr(plan, name).numel()) for name in ("shift", "variances") for plan in (self, other)]
+        if optional[::2] != optional[1::2] or self.element_shape != other.element_shape:
             raise ValueError(
-                f"plans for elements {list(self.element_shape)} and {list(other.element_shape)}, or one with a shift and one without, "
-                "cannot be joined"
+                f"plans for elements {list(self.element_shape)} and {list(other.element_shape)}, or one with a shift or with variances "
+                "and one without, cannot be joined"
             )
 
-        times, alpha, sigma = (
-            torch.cat([getattr(self, n), getattr(other, n)[1:]]) for n in ("times", "alpha", "sigma")
-        )
-        a, mix, shift = (torch.cat([getattr(self, n), getattr(other, n)]) for n in ("a", "mix", "shift"))
+        levels = {name: torch.cat([getattr(self, name), getattr(other, name)[1:]]) for name in _LEVELS}
+        own = {
+            name: torch.cat([getattr(self, name), getattr(other, name)])
+            for name in ("a", "mix", "shift", "variances")
+        }
         b, c = stacked(self.b, other.b), stacked(self.c, other.c)
-        return Plan(times, alpha, sigma, a, b, c, self.predicts, self.scale, mix, shift, _turns(times))
+        consistent = self.consistent and other.consistent
+        return replace(
+            self, **levels, **own, b=b, c=c, turns=_turns(levels["times"]), consistent=consistent
+        )
 
     def __str__(self) -> str:
         kind = "stochastic" if self.is_stochastic else "deterministic"
@@ -196,11 +216,14 @@ class Plan:
         heads += [symbol if j == 0 else f"{symbol}[-{j}]" for j in range(self.window)]
         heads += ["z" if k == 0 else f"z[-{k}]" for k in range(self.c.shape[1])]
         heads += ["1"] if self.shift.numel() else []
+        heads += ["least var", "most var", "cap"] if self.variances.numel() else []
         lam = self.half_logsnr
         columns = [self.times[:-1, None], lam[:-1, None], self.a[:, None], self.b, self.c]
         columns += [self.shift[:, None]] if self.shift.numel() else []
+        columns += [self.variances] if self.variances.numel() else []
         table = torch.cat([v.flatten(2).mean(2) if v.ndim > 2 else v for v in columns], 1)
-        lines = [[str(i)] + [f"{v:.6g}" for v in row] for i, row in enumerate(table)]
+        called = self.is_called.tolist()
+        lines = [[str(i) if called[i] else "-"] + [f"{v:.6g}" for v in row] for i, row in enumerate(table)]
         lines.append(["end", f"{self.times[-1]:.6g}", f"{lam[-1]:.6g}"] + [""] * (len(heads) - 3))
         widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
         rows = [
@@ -213,27 +236,20 @@ class Plan:
         """The plan as JSON text: shortest decimals that read back to the same float64, so the round trip is exact.
 
         Raises:
-            ValueError: more rows or columns than `from_json` would read, or not a plan of numbers alone: a mixture, a shift, or
-                coefficients per element are made again from what they were made of.
+            ValueError: more rows or columns than `from_json` would read, or not a plan of numbers alone: a mixture, a shift,
+                variances of the model's, or coefficients per element are made again from what they were made of.
         """
-        if self.predicts == "mixture" or self.shift.numel() or self.element_shape:
+        if self.predicts == "mixture" or self.shift.numel() or self.variances.numel() or self.element_shape:
             raise ValueError(
-                f"a plan in {self.predicts} form, per element {list(self.element_shape)}, is not saved as text: save the "
-                "statistics that it is built from (Statistics.save) and build it again"
+                f"a plan in {self.predicts} form, per element {list(self.element_shape)}, or whose noise the model scales, is not "
+                "saved as text: save what it is built from (e.g. Statistics.save) and build it again"
             )
-        if self.nfe > MAX_ROWS or max(self.b.shape[1], self.c.shape[1]) > MAX_COLUMNS:
+        if self.rows > MAX_ROWS or max(self.b.shape[1], self.c.shape[1]) > MAX_COLUMNS:
             raise ValueError(
-                f"a plan of {self.nfe} rows, {self.window} columns: at most {MAX_ROWS} and {MAX_COLUMNS} are saved"
+                f"a plan of {self.rows} rows, {self.window} columns: at most {MAX_ROWS} and {MAX_COLUMNS} are saved"
             )
-        arrays = {name: getattr(self, name).tolist() for name in _SAVED}
-        body = {
-            "format": FORMAT,
-            "predicts": self.predicts,
-            "scale": self.scale,
-            "turns": self.turns,
-            **arrays,
-        }
-        return json.dumps(body, allow_nan=False, separators=(",", ":")) + "\n"
+        lists = {name: getattr(self, name).tolist() for name in _SAVED}
+        return text_of({name: getattr(self, name) for name in _SCALARS} | lists)
 
     @staticmethod
     def from_json(text: str) -> "Plan":
@@ -242,37 +258,19 @@ class Plan:
         Raises:
             ValueError: not such a text: unknown, missing or repeated fields, numbers that are not finite, wrong sizes.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"plan text is {type(text).__name__}: expected str, as to_json gives it")
-        if len(text) > MAX_BYTES:
-            raise ValueError(f"plan text has {len(text)} characters: expected at most {MAX_BYTES}")
-        try:
-            body = json.loads(text, object_pairs_hook=_unique, parse_int=float, parse_constant=_refuse)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"not a plan: {str(error)[:200]}") from error
-        expected = {"format", "predicts", "scale", "turns", *_SAVED}
-        if not isinstance(body, dict) or set(body) != expected:
-            odd = sorted(set(body) ^ expected)[:5] if isinstance(body, dict) else type(body).__name__
-            raise ValueError(
-                f"not a plan: fields unknown or missing: {odd!s:.200}; expected exactly {sorted(expected)}"
-            )
-        if body["format"] != FORMAT:
-            raise ValueError(f"format = {body['format']!r:.100}: expected {FORMAT!r}")
-        choice("predicts", body["predicts"], FORMS[:-1])
-        rows = len(body["a"]) if isinstance(body["a"], list) else 0
-        if not 1 <= rows <= MAX_ROWS:
-            raise ValueError(f"a has {rows} entries: expected a list of 1 to {MAX_ROWS} numbers")
-        for name in ("times", "alpha", "sigma", "a"):
-            _numbers(name, body[name], rows if name == "a" else rows + 1)
-        for name in ("b", "c"):
-            _table(name, body[name], rows)
-        arrays = {name: torch.tensor(body[name], dtype=torch.float64, device="cpu") for name in _SAVED}
-        turns, scale = body["turns"], body["scale"]
+        scalars, lists = values_of(text, _SCALARS, vectors=_SAVED[:4], tables=_SAVED[4:])
+        choice("predicts", scalars["predicts"], FORMS[:-1])
+        turns, scale, consistent = scalars["turns"], scalars["scale"], scalars["consistent"]
         if not isinstance(scale, float):
             raise ValueError(f"scale = {scale!r:.100}: expected a number")
-        if not (isinstance(turns, float) and 0 <= turns <= rows and turns.is_integer()):
-            raise ValueError(f"turns = {turns!r:.100}: expected a whole number from 0 to {rows}")
-        return Plan(**arrays, predicts=body["predicts"], scale=scale, turns=int(turns))
+        if not (isinstance(turns, float) and 0 <= turns <= len(lists["a"]) and turns.is_integer()):
+            raise ValueError(f"turns = {turns!r:.100}: expected a whole number from 0 to {len(lists['a'])}")
+        if not isinstance(consistent, bool):
+            raise ValueError(f"consistent = {consistent!r:.100}: expected true or false")
+        arrays = {name: torch.tensor(v, dtype=torch.float64, device="cpu") for name, v in lists.items()}
+        return Plan(
+            **arrays, predicts=scalars["predicts"], scale=scale, turns=int(turns), consistent=consistent
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` to a file, which is whole or not there at all."""
@@ -339,8 +337,9 @@ class Plan:
             raise ValueError(
                 f"mix has shape {list(self.mix.shape)}: expected weights with predicts = 'mixture', and with it alone"
             )
-        for name, own in (("mix", [rows, 2]), ("shift", [rows])):
-            array, wanted = getattr(self, name), [*own, *self.element_shape]
+        element = self.element_shape
+        for name, own in (("mix", [rows, 2, *element]), ("shift", [rows, *element]), ("variances", [rows, 3])):
+            array, wanted = getattr(self, name), list(own)
             if array.numel() and list(array.shape) != wanted:
                 raise ValueError(
                     f"{name} has shape {list(array.shape)}: expected {wanted}, as a has {rows} rows"
@@ -348,12 +347,13 @@ class Plan:
 
     def _check_values(self) -> None:
         for name, array in zip(_ARRAYS, self._arrays(), strict=True):
-            bad = ~array.isfinite() | (array < 0 if name in ("alpha", "sigma") else False)
+            infinite = ~array.isfinite() & (array != math.inf if name == "variances" else True)  # no cap is a cap
+            bad = infinite | (array < 0 if name in ("alpha", "sigma", "variances") else False)
             if bad.any():
                 where = [int(i) for i in bad.nonzero()[0]]
                 value = array[tuple(where)].item()
                 raise ValueError(
-                    f"{name}{where} = {value:g}: every entry must be finite, of alpha and sigma not negative"
+                    f"{name}{where} = {value:g}: every entry must be finite, of alpha, sigma and variances not negative"
                 )
         if _turns(self.times) > self.turns:
             steps = self.times.diff() if self.times[-1] <= self.times[0] else -self.times.diff()
@@ -375,7 +375,7 @@ class Plan:
         Where x_0 and eps are constant: (alpha, p) and, for an ODE, (sigma, q). In velocity form, with
         n = sqrt(scale^2 alpha^2 + sigma^2) and theta = arctan(sigma / (scale alpha)): that, or (n, 0) and (n theta, n).
         """
-        if self.predicts == "mixture" or self.shift.numel() or self.element_shape:
+        if not self.consistent or self.predicts == "mixture" or self.shift.numel() or self.element_shape:
             return
         p, q = mixture(self.predicts, self.alpha, self.sigma, scale=self.scale)
         name, shown, expected, gap = self._defect(("alpha", self.alpha, p), ("sigma", self.sigma, q))
@@ -392,21 +392,22 @@ class Plan:
 
     def _defect(self, *parts: tuple[str, Tensor, Tensor]) -> tuple[list[str], Tensor, Tensor, Tensor]:
         """The first of a row's parts that is off, by (name, value, expected value), and whether one is, each [N]."""
-        row, column = _positions(self.nfe, self.window)
+        row, column = _positions(self.rows, self.window)
         call = (row - column).clamp(min=0)
-        used = parts[: 1 if self.is_stochastic else 2]
-        terms = [torch.cat([(self.a * level[:-1])[:, None], self.b * w[call]], 1) for _, level, w in used]
-        values, expected = torch.stack([v.sum(1) for v in terms]), torch.stack([v[1:] for _, v, _ in used])
+        terms = [torch.cat([(self.a * level[:-1])[:, None], self.b * w[call]], 1) for _, level, w in parts]
+        values, expected = torch.stack([v.sum(1) for v in terms]), torch.stack([v[1:] for _, v, _ in parts])
         size = torch.maximum(torch.stack([v.abs().amax(1) for v in terms]), expected.abs())
         gaps = (values - expected).abs() / size.clamp_min(torch.finfo(torch.float64).tiny)
         off = gaps > CONSISTENCY
+        off[1] &= ~((self.c != 0).any(1) | (self.variances != 0).any(-1))  # noise takes the place of sigma
         first = off.int().argmax(0)
-        pick = first, torch.arange(self.nfe, device="cpu")
-        return [used[i][0] for i in first.tolist()], values[pick], expected[pick], off.any(0)
+        pick = first, torch.arange(self.rows, device="cpu")
+        return [parts[i][0] for i in first.tolist()], values[pick], expected[pick], off.any(0)
 
 
-_ARRAYS = tuple(f.name for f in fields(Plan) if f.name not in ("predicts", "scale", "turns"))
-_SAVED = _ARRAYS[:6]  # all but mix and shift
+_SCALARS = ("predicts", "scale", "turns", "consistent")
+_ARRAYS = tuple(f.name for f in fields(Plan) if f.name not in _SCALARS)
+_LEVELS, _SAVED = _ARRAYS[:3], _ARRAYS[:6]  # all but mix, shift and variances
 
 
 def fold(x_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -444,16 +445,6 @@ def nonzero(table: Tensor) -> Tensor:
     return (table != 0).flatten(2).any(2) if table.ndim > 2 else table != 0
 
 
-def write_whole(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a file, which is then whole or not there at all."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        fill(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _turns(times: Tensor) -> int:
     """How many steps go against the way from the first time to the last."""
     steps = times.diff()
@@ -463,33 +454,3 @@ def _turns(times: Tensor) -> int:
 def _positions(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Row and column of every entry of a table, each broadcasting to [rows, columns]."""
     return torch.arange(rows, device="cpu")[:, None], torch.arange(columns, device="cpu")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    body = dict(pairs)
-    if len(body) != len(pairs):
-        raise ValueError("not a plan: a field is repeated")
-    return body
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"not a plan: {constant} is not a finite number")
-
-
-def _numbers(name: str, values: object, length: int) -> None:
-    if not isinstance(values, list) or len(values) != length:
-        size = len(values) if isinstance(values, list) else type(values).__name__
-        raise ValueError(f"{name} has {size} entries: expected a list of {length} numbers")
-    for i, value in enumerate(values):
-        if not isinstance(value, float) or not math.isfinite(value):
-            raise ValueError(f"{name}[{i}] = {value!r:.100}: expected a finite number")
-
-
-def _table(name: str, values: object, rows: int) -> None:
-    if not isinstance(values, list) or len(values) != rows or not isinstance(values[0], list):
-        raise ValueError(f"{name}: expected a list of {rows} lists of numbers")
-    columns = len(values[0])
-    if columns > MAX_COLUMNS:
-        raise ValueError(f"{name} has {columns} columns: expected at most {MAX_COLUMNS}")
-    for i, row in enumerate(values):
-        _numbers(f"{name}[{i}]", row, columns)

@@ -14,6 +14,7 @@ from torch import Tensor
 from solvers.arguments import choice, number
 from solvers.schedules import Schedule, float64
 
+VARIANCES = ("range", "square", "residual")
 PREDICTIONS = ("noise", "data", "velocity", "score", "flow", "edm")
 ALIASES = {  # what other code calls them, for the error alone
     "epsilon": "noise", "eps": "noise", "v": "velocity", "v_prediction": "velocity",
@@ -39,10 +40,14 @@ class Model:
         schedule: for "flow" alone, the schedule whose t the flow is a derivative in. None: the straight path
             alpha + sigma = 1, where dx/dsigma = eps - x_0 is what flow-matching networks are trained on.
         sigma_data: for "edm" alone, the standard deviation of the data.
+        variance: what the net's second output is, if it has one, returned as a pair or as twice the channels: "range" v in
+            [-1, 1] between the logarithms of a row's least and most variance (Improved DDPM); "square" E[eps^2 | x], or
+            "residual" E[(eps - prediction)^2 | x], element by element (SN-DPM, NPR-DPM). Plans whose noise does not depend on
+            it leave it aside.
 
     Raises:
         TypeError: net or label is not callable.
-        ValueError: predicts is not one of the six.
+        ValueError: predicts or variance is not one of those.
     """
 
     net: Callable[[Tensor, Tensor], Tensor]
@@ -50,6 +55,7 @@ class Model:
     label: Callable[[Tensor], Tensor] | None = None
     schedule: Schedule | None = None
     sigma_data: float = 0.5
+    variance: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.net, Model):
@@ -61,6 +67,8 @@ class Model:
                 f"label = {self.label!r} is not callable: expected a function of t, e.g. label=schedule.label"
             )
         choice("predicts", self.predicts, PREDICTIONS, ALIASES)
+        if self.variance is not None:
+            choice("variance", self.variance, VARIANCES, {"learned_range": "range", "learned": "range"})
         if not 0 < number("sigma_data", self.sigma_data) < math.inf:
             raise ValueError(
                 f"sigma_data = {self.sigma_data}: expected the data's standard deviation, finite and above 0"
@@ -69,7 +77,7 @@ class Model:
     def mixture(self, times: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The weights (p, q), each [N], of data and noise in this prediction at N levels."""
         if self.predicts == "flow":
-            return _path_derivative(self.schedule, times, alpha, sigma)
+            return path_derivative(self.schedule, times, alpha, sigma)
         return mixture(self.predicts, alpha, sigma, self.sigma_data)
 
     def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -181,7 +189,7 @@ def convert(
         choice(name, value, PREDICTIONS, ALIASES)
     level = (float64(alpha), float64(sigma))
     given, wanted = (
-        _path_derivative(None, level[0], *level) if name == "flow" else mixture(name, *level, sigma_data)
+        path_derivative(None, level[0], *level) if name == "flow" else mixture(name, *level, sigma_data)
         for name in (have, want)
     )
     from_x, from_m = conversion(given, wanted, *level)
@@ -193,37 +201,63 @@ def convert(
 
 
 def predictor(model: AnyModel, schedule: Schedule, want: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model's prediction turned into another, as a function (x [B, ...], t float64 []) -> [B, ...] that gradients flow through.
+    """The model's prediction turned into another, as a function (x [B, ...], t float64 [] or [B]) -> [B, ...] that gradients flow through.
 
     It raises ValueError where the level does not determine the wanted prediction.
     """
     model = as_model(model)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        times = t.reshape(1)
+        times = t.reshape(-1)
         level = schedule.alpha(times), schedule.sigma(times)
-        from_x, from_m = conversion(model.mixture(times, *level), mixture(want, *level), *level)
-        if not (from_x.isfinite() and from_m.isfinite()):
-            raise ValueError(f"a {model.predicts} prediction does not determine {want} at t = {float(t):g}")
-        (label,) = model.labels(times)
-        dtype = torch.long if isinstance(label, int) else x.dtype
-        labels = torch.full((len(x),), label, dtype=dtype, device=x.device)
-        m = model.net(float(model.input_scale(*level)) * x, labels)
+        weights = conversion(model.mixture(times, *level), mixture(want, *level), *level)
+        undetermined = ~(weights[0].isfinite() & weights[1].isfinite())
+        if undetermined.any():
+            raise ValueError(
+                f"a {model.predicts} prediction does not determine {want} at t = {times[undetermined][0]:g}"
+            )
+        column = [-1] + [1] * (x.ndim - 1)
+        from_x, from_m, scale = (v.to(x).reshape(column) for v in (*weights, model.input_scale(*level)))
+        read = model.labels(times)
+        dtype = torch.long if isinstance(read[0], int) else x.dtype
+        labels = torch.tensor(read, dtype=dtype, device=x.device).expand(len(x))
+        m = model.net(scale * x, labels)
+        where = f"t = {times[0]:g}"
+        if model.variance is not None:
+            m, _ = two_outputs(m, x, where)
         if not isinstance(m, Tensor) or m.shape != x.shape:
             came = list(m.shape) if isinstance(m, Tensor) else type(m).__name__
             raise ValueError(
-                f"the model returned {came} at t = {float(t):g}: expected {list(x.shape)}, the shape of x"
+                f"the model returned {came} at {where}: expected {list(x.shape)}, the shape of x"
             )
         if x.requires_grad and torch.is_grad_enabled() and not m.requires_grad:
             raise ValueError(
                 "no gradient flows through the model: call it without torch.no_grad() and without detach()"
             )
-        return float(from_x) * x + float(from_m) * m
+        return from_x * x + from_m * m
 
     return predict
 
 
-def _path_derivative(
+def two_outputs(outputs: object, x: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """The prediction and the second output, from a pair of tensors or one with twice the channels."""
+    if isinstance(outputs, Tensor) and outputs.ndim == x.ndim > 1 and outputs.shape[1] == 2 * x.shape[1]:
+        outputs = outputs.chunk(2, 1)
+    if not (isinstance(outputs, tuple) and len(outputs) == 2 and all(isinstance(v, Tensor) for v in outputs)):
+        came = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"the model returned {came} in {where}: with variance declared, expected the pair (prediction, second output), or one "
+            "tensor with both along dimension 1"
+        )
+    if outputs[1].shape != x.shape or outputs[1].device != x.device:
+        raise ValueError(
+            f"the model's second output has shape {list(outputs[1].shape)} on {outputs[1].device} in {where}: expected "
+            f"{list(x.shape)} on {x.device}, like x"
+        )
+    return outputs[0], outputs[1].to(x.dtype)
+
+
+def path_derivative(
     schedule: Schedule | None, times: Tensor, alpha: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(d alpha / dt, d sigma / dt), exactly, by differentiating the schedule, which must be that of the levels."""

@@ -18,6 +18,16 @@ PIECE = 2**18  # elements of a state that a CPU's cache holds several times over
 Weight = float | Tensor  # a number, or one for each element of x, [*D]
 
 
+class Variance(NamedTuple):
+    """What bounds the variance that the model's second output chooses, and the model's noise prediction from x and m."""
+
+    least: float
+    most: float
+    cap: float
+    noise_of_x: float
+    noise_of_m: float
+
+
 class Row(NamedTuple):
     """One row with the conversion of the model's output folded in; every weight a host float, or a tensor of x's kind.
 
@@ -36,6 +46,8 @@ class Row(NamedTuple):
     done: list[int]
     shift: Weight = 0.0
     as_formula: bool = False  # weights per element, or a shift: no scaled additions
+    is_called: bool = True
+    variance: "Variance | None" = None
 
 
 def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
@@ -50,16 +62,19 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
     def weights(table: Tensor) -> list:
         return list(table if like is None else table.to(like)) if formula else table.tolist()
 
+    called = plan.is_called
     alpha, sigma = (v[:-1].reshape(-1, *[1] * len(plan.element_shape)) for v in (plan.alpha, plan.sigma))
     p, q = (v.reshape(alpha.shape) for v in model.mixture(plan.times[:-1], plan.alpha[:-1], plan.sigma[:-1]))
     from_x, from_m = conversion((p, q), plan.mixture(), alpha, sigma)
+    silent = ~called.reshape(alpha.shape)  # nothing is converted where nothing is called
+    from_x, from_m = (torch.where(silent, kept, v) for kept, v in ((0.0, from_x), (1.0, from_m)))
     _refuse_undetermined(plan, model, ~(from_x.isfinite() & from_m.isfinite()))
     a, b0, last = plan.a, plan.b[:, 0], last_use(plan.b)
     # x = (kept - from_m m) / from_x is as good as x itself unless its terms outgrow it
     growth = (from_m / from_x).abs() * torch.hypot(p, q) / torch.hypot(alpha, sigma)
-    can_swap = [False] * plan.nfe if formula else (growth < 4).tolist()
+    can_swap = [False] * plan.rows if formula else (growth < 4).tolist()
     per_row = zip(
-        model.labels(plan.times[:-1]),
+        _labels(plan, model, called),
         model.input_scale(plan.alpha[:-1], plan.sigma[:-1]).tolist(),
         weights(a + b0 * from_x),
         weights(b0 * from_m),
@@ -68,7 +83,9 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
         plan.c.tolist(),
         weights(torch.stack([from_x, from_m], 1)),
         weights(torch.stack([b0 + a / from_x, -a * from_m / from_x], 1)),
-        weights(plan.shift) if plan.shift.numel() else [0.0] * plan.nfe,
+        weights(plan.shift) if plan.shift.numel() else [0.0] * plan.rows,
+        called.tolist(),
+        _variances(plan, model, (p, q)),
         strict=True,
     )
     return [
@@ -84,9 +101,51 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
             [call for call in range(max(0, i - plan.window), i) if last[call] == i],
             shift,
             formula,
+            is_called,
+            variance,
         )
-        for i, (label, scale, x_weight, output_weight, b, used, c, keep, swap, shift) in enumerate(per_row)
+        for i, (
+            label, scale, x_weight, output_weight, b, used, c, keep, swap, shift, is_called, variance,
+        ) in enumerate(per_row)
     ]
+
+
+def _labels(plan: Plan, model: Model, called: Tensor) -> list[float] | list[int]:
+    """What the net reads in each row; in rows that do not call it, whatever."""
+    if called.all():
+        return model.labels(plan.times[:-1])
+    labels = iter(model.labels(plan.times[:-1][called]))
+    return [next(labels) if is_called else 0 for is_called in called.tolist()]  # type: ignore[return-value]
+
+
+def _variances(plan: Plan, model: Model, have: tuple[Tensor, Tensor]) -> list[Variance | None]:
+    """For each row what its second output chooses between, if the plan leaves it to the model."""
+    if not plan.variances.numel():
+        return [None] * plan.rows
+    if model.variance is None:
+        raise ValueError(
+            "the plan leaves the variance of its noise to the model's second output: say what that is, Model(net, variance='range' | "
+            "'square' | 'residual')"
+        )
+    alpha, sigma = plan.alpha[:-1], plan.sigma[:-1]
+    weights = conversion(have, (torch.zeros_like(alpha), torch.ones_like(alpha)), alpha, sigma)
+    return [
+        Variance(*row, *noise) if row[1] > 0 else None
+        for row, noise in zip(plan.variances.tolist(), torch.stack(weights, 1).tolist(), strict=True)
+    ]
+
+
+def deviation_of(row: Variance, kind: str | None, x: Tensor, m: Tensor, second: Tensor | None) -> Tensor:
+    """The standard deviation of the row's noise, element by element, as `Model.variance` says."""
+    assert second is not None
+    if kind == "range":
+        share = (second + 1) / 2
+        variance = torch.exp(math.log(row.most) * share + math.log(row.least) * (1 - share))
+    else:
+        if kind == "square":
+            second = second - (row.noise_of_x * x + row.noise_of_m * m) ** 2
+        variance = row.least + (row.most - row.least) * second.clamp(min=0)
+    return variance.clamp(max=row.cap).sqrt()
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

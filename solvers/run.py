@@ -13,8 +13,8 @@ from solvers.grids import has_levels, usual
 from solvers.methods.unipc import recommended
 from solvers.noise import Noise, PerSample, Source, as_source
 from solvers.plan import Plan
-from solvers.predictions import AnyModel, Model, as_model
-from solvers.rows import Row, combined, combined_in_place, is_finite, last_use, rows_of
+from solvers.predictions import AnyModel, Model, as_model, two_outputs
+from solvers.rows import Row, combined, combined_in_place, deviation_of, is_finite, last_use, rows_of
 from solvers.schedules import Schedule
 
 
@@ -151,7 +151,7 @@ def trajectory(
     """Execute a plan and keep the state at every time: [N+1, B, ...]. Arguments and errors as for `run`."""
     states = [_start(x, grad=False).x]
     if len(x) == 0:
-        return states[0].expand(plan.nfe + 1, *x.shape).clone()
+        return states[0].expand(plan.rows + 1, *x.shape).clone()
     run(plan, model, x, noise, callback=lambda state: states.append(state.x), progress=progress)
     return torch.stack(states)
 
@@ -212,33 +212,43 @@ def _execute(
     reuse = callback is None and not grad
     last_draw = last_use(plan.c)
     late = _is_read_late(x)
-    norms = [_norm(x)] if late else []
-    calls = range(state.call, plan.nfe)
-    for i in tqdm(calls, disable=not progress, initial=state.call, total=plan.nfe, unit="call"):
+    norms, called = [_norm(x)] if late else [], []
+    calls = range(state.call, plan.rows)
+    for i in tqdm(calls, disable=not progress, initial=state.call, total=plan.rows, unit="call"):
         row = rows[i]
-        m = _call(plan, model, row, x, i, state.input_dtype or x.dtype, grad)
-        if late:
-            norms.append(_norm(m.detach()))
-        if grad or row.as_formula:
-            new = combined(row, x, m, outputs, i, check=not late)
+        deviation: Tensor | None = None
+        if row.is_called:
+            m, second = _call(plan, model, row, x, i, state.input_dtype or x.dtype, grad)
+            if late:
+                norms.append(_norm(m.detach()))
+                called.append(i)
+            if row.variance:
+                deviation = deviation_of(row.variance, model.variance, x, m, second)
+            if grad or row.as_formula:
+                new = combined(row, x, m, outputs, i, check=not late)
+            else:
+                new = combined_in_place(row, x, m, outputs, i, reuse, check=not late)
+            if new is None:
+                # the row may have been applied to part of x already: where m is finite, x still is what it was, finite or not
+                blameless = bool((x.isfinite() | ~m.isfinite()).all())
+                raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=blameless)
+            x = new
         else:
-            new = combined_in_place(row, x, m, outputs, i, reuse, check=not late)
-        if new is None:
-            # the row may have been applied to part of x already: where m is finite, x still is what it was, finite or not
-            blameless = bool((x.isfinite() | ~m.isfinite()).all())
-            raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=blameless)
-        x = new
+            x = x.mul_(row.x_weight) if reuse else x * row.x_weight + row.shift
         if source is not None:
-            if last_draw[i] >= i:
+            if last_draw[i] >= i or deviation is not None:
                 draws[i] = _draw(source, i, x)
             for draw, weight in row.draws:
                 x = x + weight * draws[draw] if grad else x.add_(draws[draw], alpha=weight)
+            if deviation is not None:
+                x = x + deviation * draws[i] if grad else x.addcmul_(deviation, draws[i])
             draws = {draw: z for draw, z in draws.items() if last_draw[draw] > i}
         if callback is not None:
             callback(State(x, i + 1, dict(outputs), dict(draws), state.input_dtype, plan.place(i + 1)))
     if norms and not torch.stack(norms).isfinite().all():  # the one read-back
         first = next(k for k, norm in enumerate(norms) if not norm.isfinite().all())
-        raise _non_finite(plan, state.call + max(first - 1, 0), norms[first], state_was_finite=first > 0)
+        call = called[max(first - 1, 0)] if called else state.call
+        raise _non_finite(plan, call, norms[first], state_was_finite=first > 0)
     return x
 
 
@@ -258,7 +268,7 @@ def _non_finite(plan: Plan, call: int, norms: Tensor, state_was_finite: bool) ->
     blame = "is finite" if state_was_finite else "is not finite either"
     shown = ", ".join(map(str, samples[:10])) + (", ..." if len(samples) > 10 else "")
     return NonFiniteError(
-        f"the model's output is not finite in call {call} of {plan.nfe} (t = {time:g}, half log-SNR = {half_logsnr:g}) for "
+        f"the model's output is not finite in call {call} of {plan.rows} (t = {time:g}, half log-SNR = {half_logsnr:g}) for "
         f"samples [{shown}]; the x it was given {blame}",
         call,
         time,
@@ -267,8 +277,10 @@ def _non_finite(plan: Plan, call: int, norms: Tensor, state_was_finite: bool) ->
     )
 
 
-def _call(plan: Plan, model: Model, row: Row, x: Tensor, call: int, dtype: torch.dtype, grad: bool) -> Tensor:
-    """One network call, its contract checked."""
+def _call(
+    plan: Plan, model: Model, row: Row, x: Tensor, call: int, dtype: torch.dtype, grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One network call, its contract checked: the prediction, and the second output if the model has one."""
     given = x if row.input_scale == 1 else x * row.input_scale
     given = given if given.dtype == dtype else given.to(dtype)
     label_dtype = torch.long if isinstance(row.label, int) else x.dtype
@@ -282,6 +294,9 @@ def _call(plan: Plan, model: Model, row: Row, x: Tensor, call: int, dtype: torch
             f"{given.dtype}: run calls a network in the dtype of the x it is passed"
         )
         raise
+    second = None
+    if model.variance is not None:
+        m, second = two_outputs(m, x, _where(plan, call))
     if not isinstance(m, Tensor):
         raise TypeError(
             f"the model returned {type(m).__name__} in {_where(plan, call)}: expected one tensor; unpack it in the callable"
@@ -293,7 +308,7 @@ def _call(plan: Plan, model: Model, row: Row, x: Tensor, call: int, dtype: torch
     if m.shape != x.shape:
         doubled = m.ndim == x.ndim > 1 and m.shape[1] == 2 * x.shape[1]
         hint = (
-            "; if the second half is a learned variance, split it: lambda x, t: net(x, t)[:, :C]"
+            '; if the second half is a learned variance, say so: Model(net, variance="range")'
             if doubled
             else ""
         )
@@ -310,11 +325,11 @@ def _call(plan: Plan, model: Model, row: Row, x: Tensor, call: int, dtype: torch
         raise ValueError(
             f"the model changed its input x in place in {_where(plan, call)}: let it work on a clone"
         )
-    return m if m.dtype == x.dtype else m.to(x.dtype)
+    return (m if m.dtype == x.dtype else m.to(x.dtype)), second
 
 
 def _where(plan: Plan, call: int) -> str:
-    return f"call {call} of {plan.nfe}, t = {plan.times[call]:g}"
+    return f"call {call} of {plan.rows}, t = {plan.times[call]:g}"
 
 
 def _start(x: Tensor, grad: bool) -> State:
@@ -329,9 +344,9 @@ def _resumed(plan: Plan, state: State) -> State:
     _check_state(state.x, grad=True)
     if state.x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"the state's x has dtype {state.x.dtype}: expected float32 or float64")
-    if not 0 <= state.call <= plan.nfe:
+    if not 0 <= state.call <= plan.rows:
         raise ValueError(
-            f"the state's call = {state.call}: expected 0 to {plan.nfe}, the plan's number of calls"
+            f"the state's call = {state.call}: expected 0 to {plan.rows}, the plan's number of rows"
         )
     here = plan.place(state.call)
     if state.origin not in (None, here):

@@ -17,6 +17,7 @@ ROOMS = [
     "discrete",
     "grids",
     "predictions",
+    "files",
     "plan",
     "noise",
     "methods.exponential",

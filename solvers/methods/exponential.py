@@ -1,6 +1,7 @@
 """What every method starts from: a form of prediction, its linear part solved exactly, and the integrals of what is left."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,30 +17,40 @@ FORMS = ("noise", "data", "velocity")
 VARIABLES = ("half_logsnr", "t", "sigma", "angle")
 NATURAL = {"noise": "sigma", "velocity": "angle"}  # the variable that is the form's natural time
 RATE = {"noise": 1.0, "data": -1.0}  # of the kernel exp(rate (lam_t - lam))
+Clock = Callable[[Tensor], Tensor]  # half log-SNR -> T, the integral of tau^2 over half log-SNR, from anywhere
 GAUSS_POINTS = 64  # exact to rounding over steps of half log-SNR up to 10, where the integrands are analytic
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Where a method stands: times with alpha, sigma and half log-SNR at each, all float64 of one shape."""
+    """Where a method stands: times with alpha, sigma and half log-SNR at each, all float64 of one shape.
+
+    `clock` is T = int tau^2 dlambda of the SDE dx = [f x - (1 + tau^2) g^2 s / 2] dt + tau g dw, which has the ODE's marginals for
+    every tau(lambda); None for the ODE.
+    """
 
     times: Tensor
     alpha: Tensor
     sigma: Tensor
     half_logsnr: Tensor
+    clock: Tensor | None = None
 
     @staticmethod
-    def at(schedule: Schedule, times: Tensor) -> "Levels":
+    def at(schedule: Schedule, times: Tensor, clock: Clock | None = None) -> "Levels":
         """The levels of a schedule at some times."""
-        return Levels(times, schedule.alpha(times), schedule.sigma(times), schedule.half_logsnr(times))
+        lam = schedule.half_logsnr(times)
+        return Levels(
+            times, schedule.alpha(times), schedule.sigma(times), lam, None if clock is None else clock(lam)
+        )
 
     @staticmethod
-    def of(schedule: Schedule, times: Tensor) -> "Levels":
+    def of(schedule: Schedule, times: Tensor, clock: Clock | None = None) -> "Levels":
         """The levels on a grid, once `given` has checked it."""
-        return Levels.at(schedule, given(schedule, times))
+        return Levels.at(schedule, given(schedule, times), clock)
 
     def __getitem__(self, where: slice | Tensor) -> "Levels":
-        return Levels(self.times[where], self.alpha[where], self.sigma[where], self.half_logsnr[where])
+        clock = None if self.clock is None else self.clock[where]
+        return Levels(self.times[where], self.alpha[where], self.sigma[where], self.half_logsnr[where], clock)
 
 
 @dataclass(frozen=True)
@@ -50,15 +61,18 @@ class Form:
         data:     x / sigma,  u = 1 / rho
         velocity: x / n,      u = theta = arctan(rho / scale),  n = unit = sqrt(scale^2 alpha^2 + sigma^2)
 
-    A step is x_t = (norm_t / norm_s) x_s + norm_t int (m / unit) du, with m / unit replaced by its polynomial in `variable`:
+    Of an SDE with clock T, data form has x / (sigma e^-T) and u = e^T / rho; noise form weighs eps 1 + tau^2 times. A step is x_t = (norm_t / norm_s) x_s + norm_t int (m / unit) du, with m / unit replaced by its polynomial in `variable`:
     "half_logsnr" (lambda), "t", "sigma" (that is rho) or "angle" (theta).
+    `clock` is that of the SDE; in half log-SNR it is taken as linear over each step.
     Source: Lu et al. 2022 (arXiv 2206.00927), prop. 3.1 and (arXiv 2211.01095), prop. 4.1; velocity form: Salimans & Ho 2022
-    (arXiv 2202.00512), appendix D, at scale 1; the F of Karras et al. 2022 (arXiv 2206.00364), eq. 7, is -m / n.
+    (arXiv 2202.00512), appendix D, at scale 1; the F of Karras et al. 2022 (arXiv 2206.00364), eq. 7, is -m / n; SDE: Xue et al. 2023 (arXiv
+    2309.05019), proposition 4.2.
     """
 
     predicts: str = "data"
     variable: str = "half_logsnr"
     scale: float = 1.0
+    clock: Clock | None = None
 
     def __post_init__(self) -> None:
         choice("predicts", self.predicts, FORMS)
@@ -126,9 +140,11 @@ class Form:
                 )
         if self.predicts == "data":
             a = t.sigma / s.sigma
+            if t.clock is not None:
+                a = a * torch.exp(-elapsed(s, t))
             return a, t.alpha - a * s.alpha
         a = t.alpha / s.alpha
-        return a, t.sigma - a * s.sigma
+        return a, (t.sigma - a * s.sigma) * stochastic_factor(s, t)
 
     def moments(self, schedule: Schedule | None, s: Levels, t: Levels, degree: int) -> Tensor:
         """Integrals over a step of the powers of the variable, norm_t int ((v - v_s) / (v_t - v_s))^k du, k = 1..degree.
@@ -145,15 +161,36 @@ class Form:
             return torch.stack([total / (k + 1) for k in powers], 1)
         h = t.half_logsnr - s.half_logsnr
         if self.variable == "half_logsnr" and self.predicts in RATE:
-            rate = RATE[self.predicts]
-            return torch.stack([self.slope(t) * moment(k, h, rate) / h**k for k in powers], 1)
+            factor = stochastic_factor(s, t)
+            rate = RATE[self.predicts] * (factor if self.predicts == "data" else 1.0)
+            return torch.stack([self.slope(t) * factor * moment(k, h, rate) / h**k for k in powers], 1)
+        if t.clock is not None:
+            return self._clocked_moments(s, t, degree)
         places, mass = self._quadrature(schedule, s, t, h)
         start, end = self.place(s)[:, None], self.place(t)[:, None]
         ratio = (places - start) / (end - start)
         return torch.stack([(mass * ratio**k).sum(1) for k in powers], 1)
 
+    def _clocked_moments(self, s: Levels, t: Levels, degree: int) -> Tensor:
+        """The same for data form under a clock and powers of rho: by parts, so that tau itself is not asked for.
+
+        With r = (rho - rho_s) / (rho_t - rho_s) and w = norm_t u: int r^k dw = w_t - k int r^{k-1} w dr.
+        """
+        assert (self.predicts, self.variable) == ("data", "sigma")
+        assert self.clock is not None
+        assert t.clock is not None
+        points, weights = (torch.from_numpy(v).to(t.sigma) for v in GAUSS)
+        lam = s.half_logsnr[:, None] + points * (t.half_logsnr - s.half_logsnr)[:, None]
+        start, end, rho = self.place(s)[:, None], self.place(t)[:, None], torch.exp(-lam)
+        ratio = (rho - start) / (end - start)
+        value = t.sigma[:, None] * torch.exp(self.clock(lam) - t.clock[:, None] + lam)
+        mass = weights * value * rho / (start - end) * (t.half_logsnr - s.half_logsnr)[:, None]
+        return torch.stack(
+            [t.alpha - k * (mass * ratio ** (k - 1)).sum(1) for k in range(1, degree + 1)], 1
+        )
+
     def slope(self, t: Levels) -> Tensor:
-        """norm_t du / dlambda at t: what weighs m dlambda at the end of a step."""
+        """norm_t du / dlambda at t: what weighs m dlambda at the end of a step; of an SDE without the factor 1 + tau^2."""
         if self.predicts == "velocity":
             return -t.alpha * t.sigma * self.scale / self.norm(t)
         return t.alpha if self.predicts == "data" else -t.sigma
@@ -186,6 +223,19 @@ class Form:
     def is_infinite(self, levels: Levels) -> Tensor:
         """Whether the natural time or the variable is infinite at either end of a step, which is then taken with order 1, [steps]."""
         return touched(~(self.natural(levels).isfinite() & self.place(levels).isfinite()))
+
+
+def elapsed(s: Levels, t: Levels) -> Tensor:
+    """The integral of tau^2 over each step, T_t - T_s, [steps]; 0 for the ODE."""
+    return torch.zeros_like(t.sigma) if s.clock is None or t.clock is None else t.clock - s.clock
+
+
+def stochastic_factor(s: Levels, t: Levels) -> Tensor:
+    """1 + tau^2 with the mean of tau^2 over each step, [steps]; 1 over a step of infinite length, whose rows do not ask."""
+    if t.clock is None:
+        return torch.ones_like(t.sigma)
+    h = t.half_logsnr - s.half_logsnr
+    return 1 + torch.where(h.isfinite(), elapsed(s, t) / h, 0.0)
 
 
 def refuse_no_data(name: str, levels: Levels) -> None:

@@ -29,19 +29,27 @@ def ddim(schedule: Schedule, times: Tensor, eta: float = 0.0) -> Plan:
         times: [steps + 1].
         eta: share of the posterior's noise, in [0, 1].
     """
+    levels = Levels.of(schedule, times)
+    a, total, deviation = first_order_step(levels, eta)
+    c = deviation[:, None] if eta else deviation[:0]
+    return Plan(levels.times, levels.alpha, levels.sigma, a, total[:, None], c, predicts="data")
+
+
+def first_order_step(levels: Levels, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The steps of eq. 16 in data form: the weights of x and x_0, and the standard deviation sigma_t q, each [steps].
+
+    x_t = alpha_t x_0 + sigma_t (sqrt(1 - q^2) eps + q z), q^2 = eta^2 (1 - e^{-2h}).
+    """
     if not 0 <= number("eta", eta) <= 1:
         raise ValueError(f"eta = {eta}: expected a number from 0 (deterministic) to 1 (DDPM)")
-    levels = Levels.of(schedule, times)
     s, t = levels[:-1], levels[1:]
     if not eta:
-        a, total = Form("data").exact_part(s, t)
-        return Plan(levels.times, levels.alpha, levels.sigma, a, total[:, None], predicts="data")
+        return *Form("data").exact_part(s, t), torch.zeros_like(t.sigma)
     if (t.half_logsnr < s.half_logsnr).any():
         raise ValueError(f"eta = {eta}: from data to noise there is eta = 0 alone; leave it out")
     fraction = eta**2 * -torch.expm1(-2 * (t.half_logsnr - s.half_logsnr))
     a = t.sigma / s.sigma * torch.sqrt(1 - fraction)
-    c = (t.sigma * torch.sqrt(fraction))[:, None]
-    return Plan(levels.times, levels.alpha, levels.sigma, a, (t.alpha - a * s.alpha)[:, None], c, "data")
+    return a, t.alpha - a * s.alpha, t.sigma * torch.sqrt(fraction)
 
 
 def exponential_adams(
@@ -261,11 +269,7 @@ def adams(
         return head
 
     orders = orders_of_steps(levels, form, order, final)[started:]
-    a, _ = form.exact_part(levels[started:-1], levels[started + 1 :])
-    weights = a.new_zeros(len(a), max(orders))
-    for q in set(orders):
-        rows = torch.tensor([i for i, o in enumerate(orders) if o == q], device="cpu")
-        weights[rows, :q] = adams_weights(schedule, form, levels, rows + started, range(0, -q, -1), variant)
+    a, weights = adams_rows(schedule, form, levels, orders, variant)
     calls = torch.ones(steps, dtype=torch.long, device="cpu")
     if started:
         calls[:started] = torch.where(lowered[:started], 1, start_order)
@@ -273,6 +277,19 @@ def adams(
     if head is None:
         return Plan(levels.times, levels.alpha, levels.sigma, a, b, predicts=form.predicts, scale=scale)
     return behind(head, levels, started, a, b)
+
+
+def adams_rows(
+    schedule: Schedule, form: Form, levels: Levels, orders: list[int], variant: str
+) -> tuple[Tensor, Tensor]:
+    """The last len(orders) steps of a grid, each of its order: the weights of x, [rows], and of the outputs, [rows, max order]."""
+    first = len(levels.times) - 1 - len(orders)
+    a, _ = form.exact_part(levels[first:-1], levels[first + 1 :])
+    weights = a.new_zeros(len(a), max(orders))
+    for q in set(orders):
+        rows = torch.tensor([i for i, o in enumerate(orders) if o == q], device="cpu")
+        weights[rows, :q] = adams_weights(schedule, form, levels, rows + first, range(0, -q, -1), variant)
+    return a, weights
 
 
 def adams_weights(

@@ -15,7 +15,8 @@ from solvers.arguments import numbers, positive, whole
 from solvers.grids import given
 from solvers.methods.exponential import GAUSS, Form, Levels
 from solvers.noise import Noise, as_source, noised
-from solvers.plan import Plan, write_whole
+from solvers.files import write_whole
+from solvers.plan import Plan
 from solvers.predictions import AnyModel, predictor
 from solvers.schedules import Schedule
 

@@ -97,14 +97,14 @@ def corrected(
             f"a plan in {plan.predicts} form, stochastic = {plan.is_stochastic}: expected a deterministic one in noise, data or velocity form"
         )
     calls = _calls_of_steps(plan, times)
-    ends = torch.cat([calls, calls.new_tensor([plan.nfe])])
+    ends = torch.cat([calls, calls.new_tensor([plan.rows])])
     levels = Levels(plan.times[ends], plan.alpha[ends], plan.sigma[ends], plan.half_logsnr[ends])
     form = Form(plan.predicts, choice("variable", variable, PLACES), plan.scale)
     orders = orders_of_steps(levels, form, order, choice("final", final, FINALS))
     regular = ((ends.diff() == 1) & ~form.is_infinite(levels)).tolist()
     steps = [i for i, one_call in enumerate(regular[:-1]) if one_call]  # the last step has no call at its end
     width = max([plan.window, *(1 + int(calls[i + 1] - calls[i + 1 - orders[i]]) for i in steps)])
-    change = plan.b.new_zeros(plan.nfe, width + 1)  # C - P of the step before each row
+    change = plan.b.new_zeros(plan.rows, width + 1)  # C - P of the step before each row
     for q in {orders[i] for i in steps}:
         rows = torch.tensor([i for i in steps if orders[i] == q], device="cpu")
         offsets = [0, 1, *range(-1, -q, -1)]
@@ -154,7 +154,7 @@ def _calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
             raise ValueError(
                 "the plan calls twice at one time, so some calls are stages: give the outer steps, corrected(plan, order, times=times)"
             )
-        return torch.arange(plan.nfe, device="cpu")
+        return torch.arange(plan.rows, device="cpu")
     outer = numbers("times", times)
     if not torch.equal(outer[[0, -1]], plan.times[[0, -1]]):
         raise ValueError(
@@ -166,4 +166,4 @@ def _calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
         raise ValueError(
             f"times[{int((~there.any(1)).nonzero()[0])}] is not among the times of the plan's calls: give the times it was built on"
         )
-    return (there * torch.arange(plan.nfe, device="cpu")).amax(1)
+    return (there * torch.arange(plan.rows, device="cpu")).amax(1)
