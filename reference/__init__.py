@@ -4,7 +4,7 @@ from reference.distances import kl, sliced_wasserstein2, wasserstein2
 from reference.distribution import Distribution
 from reference.empirical import Empirical, digits
 from reference.gaussian import Gaussian
-from reference.law import law
+from reference.law import law, path_kl
 from reference.mixture import Mixture
 from reference.orders import (
     even,
@@ -31,6 +31,7 @@ __all__ = [
     "law",
     "law_errors",
     "local_errors",
+    "path_kl",
     "row_defects",
     "row_order",
     "rows",

@@ -16,7 +16,17 @@ from solvers.grids import (
     trailing,
     uniform,
 )
+from solvers.langevin import predictor_corrector
 from solvers.methods import tableaux
+from solvers.methods.analytic import (
+    Gamma,
+    analytic_dpm,
+    estimate_gamma,
+    extended_analytic_dpm,
+    gaussian_gamma,
+    ml_sde,
+    optimal_trajectory,
+)
 from solvers.methods.belm import obelm
 from solvers.methods.multistep import (
     ddim,
@@ -29,14 +39,26 @@ from solvers.methods.multistep import (
     lms,
     pndm,
 )
+from solvers.methods.renoise import ancestral, churn, restart
 from solvers.methods.singlestep import dpm_solver, dpm_solver_fast, exponential_rk, heun
 from solvers.methods.statistics import Statistics, dpm_solver_v3, estimate_statistics, gaussian_statistics
+from solvers.methods.stochastic import (
+    ddpm,
+    dpm_solver_pp_sde,
+    dpm_solver_sde,
+    er_sde,
+    euler_maruyama,
+    reverse_diffusion,
+    sa_solver,
+    seeds,
+)
 from solvers.methods.unipc import corrected, recommended, unipc
 from solvers.noise import noised
 from solvers.plan import Plan, fold
-from solvers.predictions import Model, convert
+from solvers.predictions import Model, centred, convert
 from solvers.run import NonFiniteError, State, run, sample, trajectory
 from solvers.schedules import EDM, VE, VP, Cosine, Flow, Inversion, LogSNR, Schedule, SubVP
+from solvers.training import npr_loss, sn_loss
 
 __all__ = [
     "EDM",
@@ -45,6 +67,7 @@ __all__ = [
     "Cosine",
     "Discrete",
     "Flow",
+    "Gamma",
     "Inversion",
     "LogSNR",
     "Model",
@@ -54,21 +77,33 @@ __all__ = [
     "State",
     "Statistics",
     "SubVP",
+    "analytic_dpm",
+    "ancestral",
     "angle",
     "angle_levels",
+    "centred",
+    "churn",
     "convert",
     "corrected",
     "ddim",
+    "ddpm",
     "deis",
     "dpm_solver",
     "dpm_solver_fast",
     "dpm_solver_multistep",
     "dpm_solver_pp",
+    "dpm_solver_pp_sde",
+    "dpm_solver_sde",
     "dpm_solver_v3",
+    "er_sde",
+    "estimate_gamma",
     "estimate_statistics",
+    "euler_maruyama",
     "exponential_adams",
     "exponential_rk",
+    "extended_analytic_dpm",
     "fold",
+    "gaussian_gamma",
     "gaussian_statistics",
     "given",
     "heun",
@@ -79,15 +114,24 @@ __all__ = [
     "linspace",
     "lms",
     "logsnr",
+    "ml_sde",
     "noise",
     "noised",
+    "npr_loss",
     "obelm",
+    "optimal_trajectory",
     "pndm",
     "power",
+    "predictor_corrector",
     "quadratic",
     "recommended",
+    "restart",
+    "reverse_diffusion",
     "run",
+    "sa_solver",
     "sample",
+    "seeds",
+    "sn_loss",
     "snap",
     "tableaux",
     "trailing",

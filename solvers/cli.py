@@ -24,9 +24,9 @@ from typer.core import TyperGroup
 import solvers as sv
 from solvers import figures
 from solvers.comparison import FAST, Grid, Problem, answer, candidates, errors, versions
+from solvers.files import write_whole
 from solvers.grids import usual
 from solvers.methods import BUILDS, METHODS
-from solvers.files import write_whole
 
 T = TypeVar("T")
 Files = dict[str, Callable[[Path], object]]  # by name, what fills it

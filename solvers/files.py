@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and a plan's text, whose sizes and numbers are checked before any tensor is made."""
+"""Files: written whole or not at all; tensors by name; a plan's text, checked before any tensor is made."""
 
 import json
 import math
@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 FORMAT = "diffusion-solvers plan 2"
 MAX_ROWS, MAX_COLUMNS, MAX_BYTES = 10**5, 1024, 2**28
@@ -19,6 +21,29 @@ def write_whole(path: Path, fill: Callable[[Path], object]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, which is whole or not there at all."""
+    save_file = _safetensors().torch.save_file
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda unfinished: save_file(held, unfinished))
+
+
+def load_tensors(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
+    """Read a safetensors file that holds exactly these names.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    safetensors = _safetensors()
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if set(tensors) != set(names):
+        raise ValueError(f"{path} has {sorted(tensors)}: expected {sorted(names)}, as save writes them")
+    return tensors
 
 
 def text_of(values: Mapping[str, Any]) -> str:
@@ -92,3 +117,11 @@ def _table(name: str, values: object, rows: int) -> None:
         raise ValueError(f"{name} has {columns} columns: expected at most {MAX_COLUMNS}")
     for i, row in enumerate(values):
         _numbers(f"{name}[{i}]", row, columns)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("this is saved as safetensors: pip install 'diffusion-solvers[files]'") from error
+    return safetensors

@@ -1,5 +1,6 @@
-"""Where randomness comes from: one stream per sample."""
+"""Where randomness comes from: one stream per sample; one Brownian path per sample."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.arguments import whole
+from solvers.arguments import numbers, whole
 from solvers.schedules import Schedule, float64
 
 # (number of the draw, a tensor like it) -> standard normals of that shape
 Source = Callable[[int, Tensor], Tensor]
 Noise = Source | torch.Generator | int  # what a user may give
-STEPS, START = 0, 1  # independent streams of one sample
+STEPS, START, PATH = 0, 1, 2  # independent streams of one sample
+RESOLUTION = 2.0**-16  # down to which a Brownian path is halved
+LEAST_STEP = 2.0**-14  # of its clock: below it the path's last halves would be seen
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ class PerSample:
         """Standard normals [B, *shape] to start from, independent of every draw for a step."""
         return self._normals(START, 0, shape).to(dtype)
 
-    def _normals(self, stream: int, draw: int, shape: Sequence[int]) -> Tensor:
+    def _normals(self, stream: int, draw: int, shape: Sequence[int], level: int = 0) -> Tensor:
         values = np.empty((len(self.ids), *shape))
         for i, sample in enumerate(self.ids):
-            bits = np.random.Philox(key=[self.seed, sample], counter=[0, draw, stream, 0])
+            bits = np.random.Philox(key=[self.seed, sample], counter=[0, draw, stream, level])
             values[i] = np.random.Generator(bits).standard_normal(tuple(shape))
         return torch.from_numpy(values)
 
@@ -71,6 +74,93 @@ def per_sample(seed: int, ids: Sequence[int]) -> PerSample:
     return PerSample(
         whole("seed", seed, 0, 2**63 - 1), tuple(whole("ids", sample, 0, 2**63 - 1) for sample in ids)
     )
+
+
+class Brownian:
+    """The noise of a stochastic plan taken from one Brownian path W per sample, whatever the grid: runs with more steps refine it.
+
+    Over an SDE with tau^2 = dT/dlambda the noise that a step adds is sigma_t e^{-T_t} (W(u_t) - W(u_s)) with the clock u = e^{2T}, exactly; a
+    draw is that increment over its standard deviation. W is kept as the Brownian bridge (1 - v) W(v / (1 - v)) on v = u / (1 + u) in
+    [0, 1], which is halved again and again, so that every clock from 0 to infinity has its place and no end is outside. What W is at
+    a place depends on (seed, sample, place) alone.
+
+    Attributes:
+        seed: 0 <= seed < 2^63.
+        ids: the samples' numbers, [B].
+        clock: T at the plan's times, [N+1], increasing.
+    """
+
+    def __init__(self, seed: int, ids: Sequence[int], clock: Tensor):
+        self.source = per_sample(seed, ids)
+        self.seed, self.ids = self.source.seed, self.source.ids
+        self.clock = numbers("clock", clock)
+        if self.clock.ndim != 1 or len(self.clock) < 2 or not (self.clock.diff() > 0).all():
+            raise ValueError(
+                f"clock = {self.clock!s:.200}: expected T at the times of the plan, [N+1], increasing, e.g. clock=plan.half_logsnr for the "
+                "reverse SDE"
+            )
+
+    def __call__(self, draw: int, like: Tensor) -> Tensor:
+        """The increment over row `draw`, as standard normals like `like` [B, ...]."""
+        if not 0 <= draw < len(self.clock) - 1:
+            raise ValueError(
+                f"draw = {draw}: the clock has {len(self.clock) - 1} steps; give one time for each row"
+            )
+        return self.between(float(self.clock[draw]), float(self.clock[draw + 1]), like)
+
+    def between(self, start: float, end: float, like: Tensor) -> Tensor:
+        """(W(u_t) - W(u_s)) / sqrt(u_t - u_s) for T from start to end, the shape, dtype and device of `like` [B, ...]."""
+        if not end - start > LEAST_STEP:
+            raise ValueError(f"T from {start:g} to {end:g}: expected an increase by more than {LEAST_STEP:g}")
+        shape = like.shape[1:]
+        if math.isinf(end):  # W(u) / sqrt(u) as u grows is independent of all before
+            return self._normals(0, 0, 0, shape).to(like)
+        # with S = sqrt(1 + u) B, whose variance is v, nothing overflows
+        log_ratio = _softplus(2 * start) - _softplus(2 * end)  # of (1 + u_s) / (1 + u_t)
+        change = self._scaled(end, shape) - math.exp(log_ratio / 2) * self._scaled(start, shape)
+        return (change / math.sqrt(-math.expm1(log_ratio))).to(like)
+
+    def _scaled(self, clock: float, shape: Sequence[int]) -> Tensor:
+        """S = sqrt(1 + u) B at T: the bridge is halved, from its nearer end, down to 2^-16 of the distance from there."""
+        half, place = int(clock > 0), 1 / (1 + math.exp(2 * abs(clock)))  # v or 1 - v
+        if place == 0:
+            return torch.zeros(len(self.ids), *shape, dtype=torch.float64)
+        low, high, level, index = 0.0, 0.5, 0, 0
+        at_low, at_high = torch.zeros(()), 0.5 * self._normals(0, 1, 0, shape)
+        while low == 0 or high - low > low * RESOLUTION:
+            middle = (low + high) / 2
+            spread = math.sqrt(high - low) / 2
+            at_middle = (at_low + at_high) / 2 + spread * self._normals(1 + half, level, index, shape)
+            right = place >= middle
+            low, high = (middle, high) if right else (low, middle)
+            at_low, at_high = (at_middle, at_high) if right else (at_low, at_middle)
+            level, index = level + 1, 2 * index + right
+        share = (place - low) / (high - low)
+        inside = math.sqrt((high - low) * share * (1 - share)) * self._normals(1 + half, level, index, shape)
+        value = at_low + share * (at_high - at_low) + inside
+        return value / math.sqrt(place if half else 1 - place)
+
+    def _normals(self, part: int, level: int, index: int, shape: Sequence[int]) -> Tensor:
+        return self.source._normals(PATH + part, index, shape, level)
+
+
+def _softplus(z: float) -> float:
+    return max(z, 0.0) + math.log1p(math.exp(-abs(z)))
+
+
+def brownian(seed: int, ids: Sequence[int], clock: Tensor) -> Brownian:
+    """One Brownian path per sample as the noise of an SDE plan: more steps refine the same path, so that runs converge to one answer.
+
+    Args:
+        seed: 0 <= seed < 2^63.
+        ids: the samples' numbers, [B].
+        clock: T = int tau^2 dlambda at the plan's times, [N+1], from anywhere: plan.half_logsnr for the reverse SDE (eta = 1), eta times it
+            for tau^2 = eta. Of one anchor for plans that are to share the path.
+
+    Raises:
+        ValueError: the clock does not increase.
+    """
+    return Brownian(seed, ids, clock)
 
 
 def noised(x0: Tensor, schedule: Schedule, t: Tensor | float, noise: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -177,33 +179,7 @@ class Plan:
         """
         if not isinstance(other, Plan):
             return NotImplemented
-        mine, theirs = (
-            [float(v[i]) for v in (p.times, p.alpha, p.sigma)] for p, i in ((self, -1), (other, 0))
-        )
-        if mine != theirs:
-            raise ValueError(
-                f"plans do not meet: one ends at (t, alpha, sigma) = {mine}, the next starts at {theirs}"
-            )
-        if self._form() != other._form():
-            forms = " and ".join(f"{p.predicts!r}, scale {p.scale:g}" for p in (self, other))
-            raise ValueError(f"plans of different forms cannot be joined: {forms}")
-        optional = [bool(getattr(plan, name).numel()) for name in ("shift", "variances") for plan in (self, other)]
-        if optional[::2] != optional[1::2] or self.element_shape != other.element_shape:
-            raise ValueError(
-                f"plans for elements {list(self.element_shape)} and {list(other.element_shape)}, or one with a shift or with variances "
-                "and one without, cannot be joined"
-            )
-
-        levels = {name: torch.cat([getattr(self, name), getattr(other, name)[1:]]) for name in _LEVELS}
-        own = {
-            name: torch.cat([getattr(self, name), getattr(other, name)])
-            for name in ("a", "mix", "shift", "variances")
-        }
-        b, c = stacked(self.b, other.b), stacked(self.c, other.c)
-        consistent = self.consistent and other.consistent
-        return replace(
-            self, **levels, **own, b=b, c=c, turns=_turns(levels["times"]), consistent=consistent
-        )
+        return joined([self, other])
 
     def __str__(self) -> str:
         kind = "stochastic" if self.is_stochastic else "deterministic"
@@ -338,7 +314,11 @@ class Plan:
                 f"mix has shape {list(self.mix.shape)}: expected weights with predicts = 'mixture', and with it alone"
             )
         element = self.element_shape
-        for name, own in (("mix", [rows, 2, *element]), ("shift", [rows, *element]), ("variances", [rows, 3])):
+        for name, own in (
+            ("mix", [rows, 2, *element]),
+            ("shift", [rows, *element]),
+            ("variances", [rows, 3]),
+        ):
             array, wanted = getattr(self, name), list(own)
             if array.numel() and list(array.shape) != wanted:
                 raise ValueError(
@@ -347,7 +327,9 @@ class Plan:
 
     def _check_values(self) -> None:
         for name, array in zip(_ARRAYS, self._arrays(), strict=True):
-            infinite = ~array.isfinite() & (array != math.inf if name == "variances" else True)  # no cap is a cap
+            infinite = ~array.isfinite() & (
+                array != math.inf if name == "variances" else True
+            )  # no cap is a cap
             bad = infinite | (array < 0 if name in ("alpha", "sigma", "variances") else False)
             if bad.any():
                 where = [int(i) for i in bad.nonzero()[0]]
@@ -410,6 +392,39 @@ _ARRAYS = tuple(f.name for f in fields(Plan) if f.name not in _SCALARS)
 _LEVELS, _SAVED = _ARRAYS[:3], _ARRAYS[:6]  # all but mix, shift and variances
 
 
+def joined(plans: Sequence[Plan]) -> Plan:
+    """Plans one after the other, each starting where the one before ends; `first + second` is joined([first, second]).
+
+    Raises:
+        ValueError: the ends do not meet, or the forms differ.
+    """
+    for one, other in pairwise(plans):
+        mine, theirs = (
+            [float(v[i]) for v in (p.times, p.alpha, p.sigma)] for p, i in ((one, -1), (other, 0))
+        )
+        if mine != theirs:
+            raise ValueError(
+                f"plans do not meet: one ends at (t, alpha, sigma) = {mine}, the next starts at {theirs}"
+            )
+        if one._form() != other._form():
+            forms = " and ".join(f"{p.predicts!r}, scale {p.scale:g}" for p in (one, other))
+            raise ValueError(f"plans of different forms cannot be joined: {forms}")
+        optional = [bool(getattr(p, name).numel()) for name in ("shift", "variances") for p in (one, other)]
+        if optional[::2] != optional[1::2] or one.element_shape != other.element_shape:
+            raise ValueError(
+                f"plans for elements {list(one.element_shape)} and {list(other.element_shape)}, or one with a shift or with variances "
+                "and one without, cannot be joined"
+            )
+    levels = {
+        name: torch.cat([getattr(plans[0], name), *(getattr(p, name)[1:] for p in plans[1:])])
+        for name in _LEVELS
+    }
+    own = {name: torch.cat([getattr(p, name) for p in plans]) for name in ("a", "mix", "shift", "variances")}
+    b, c = (stacked(*(getattr(p, name) for p in plans)) for name in ("b", "c"))
+    turns, consistent = _turns(levels["times"]), all(p.consistent for p in plans)
+    return replace(plans[0], **levels, **own, b=b, c=c, turns=turns, consistent=consistent)
+
+
 def fold(x_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Textbook stages to rows: row k moves x from stage k to stage k + 1.
 
@@ -432,11 +447,11 @@ def fold(x_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return ratio.reshape(steps * stages), b.reshape(steps * stages, stages)
 
 
-def stacked(top: Tensor, bottom: Tensor) -> Tensor:
-    """The columns of two runs of rows, [N1, K1] over [N2, K2], padded with zeros to [N1 + N2, max(K1, K2)]."""
-    width = max(top.shape[1], bottom.shape[1])
+def stacked(*tables: Tensor) -> Tensor:
+    """The columns of runs of rows, [N1, K1] over [N2, K2] over ..., padded with zeros to the width of the widest."""
+    width = max(table.shape[1] for table in tables)
     return torch.cat(
-        [torch.cat([v, v.new_zeros(len(v), width - v.shape[1], *v.shape[2:])], 1) for v in (top, bottom)]
+        [torch.cat([v, v.new_zeros(len(v), width - v.shape[1], *v.shape[2:])], 1) for v in tables]
     )
 
 

@@ -6,7 +6,7 @@ prediction follows from any other and x by solving two equations.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -198,6 +198,33 @@ def convert(
             f"a {have} prediction does not determine {want} at alpha = {alpha:g}, sigma = {sigma:g}"
         )
     return float(from_x) * x + float(from_m) * m
+
+
+def centred(model: AnyModel, mean: Tensor) -> Model:
+    """The model of x - mean, for a prior that is centred on `mean`: x_t = mean + alpha (x_0 - mean) + sigma eps.
+
+    Whatever the sampler, x = run(plan, centred(model, mean), x - mean, ...) + mean; x at the start is mean + sigma times standard normals.
+    Source: Popov et al. 2022 (arXiv 2109.13821), eq. 1, with X-bar for the mean.
+
+    Args:
+        model: a network that reads x and predicts noise or score, which the change of variables leaves alone, or data.
+        mean: [*D] or [B, *D].
+
+    Raises:
+        ValueError: the model predicts something else.
+    """
+    model = as_model(model)
+    if model.predicts not in ("noise", "score", "data"):
+        raise ValueError(
+            f"predicts = {model.predicts!r}: expected noise, score or data; turn the others into one of these first, see `convert`"
+        )
+    moved = 1.0 if model.predicts == "data" else 0.0
+
+    def net(x: Tensor, label: Tensor) -> Tensor:
+        m = model.net(x + mean.to(x), label)
+        return m - moved * mean.to(m) if isinstance(m, Tensor) else m
+
+    return replace(model, net=net)
 
 
 def predictor(model: AnyModel, schedule: Schedule, want: str) -> Callable[[Tensor, Tensor], Tensor]:

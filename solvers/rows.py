@@ -105,7 +105,18 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
             variance,
         )
         for i, (
-            label, scale, x_weight, output_weight, b, used, c, keep, swap, shift, is_called, variance,
+            label,
+            scale,
+            x_weight,
+            output_weight,
+            b,
+            used,
+            c,
+            keep,
+            swap,
+            shift,
+            is_called,
+            variance,
         ) in enumerate(per_row)
     ]
 

@@ -234,7 +234,7 @@ def _execute(
                 raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=blameless)
             x = new
         else:
-            x = x.mul_(row.x_weight) if reuse else x * row.x_weight + row.shift
+            x = x.mul_(row.x_weight) if reuse and not row.as_formula else x * row.x_weight + row.shift
         if source is not None:
             if last_draw[i] >= i or deviation is not None:
                 draws[i] = _draw(source, i, x)

@@ -157,7 +157,19 @@ def test_coefficients_can_be_differentiated_by_the_grid():
 
 def test_json_is_plain():
     body = json.loads(sv.ddim(VP, TIMES).to_json())
-    assert set(body) == {"format", "predicts", "scale", "turns", "consistent", "times", "alpha", "sigma", "a", "b", "c"}
+    assert set(body) == {
+        "format",
+        "predicts",
+        "scale",
+        "turns",
+        "consistent",
+        "times",
+        "alpha",
+        "sigma",
+        "a",
+        "b",
+        "c",
+    }
 
 
 def test_a_plan_may_weigh_velocities():

@@ -1,4 +1,4 @@
-"""Methods: (schedule, times, **options) -> Plan, one file a family; METHODS is the table of their orders."""
+"""Methods: (schedule, times, **options) -> Plan, one file a family; METHODS and SDES are the tables of their orders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from solvers.methods.analytic import analytic_dpm, gaussian_gamma
 from solvers.methods.belm import obelm
 from solvers.methods.multistep import (
     ddim,
@@ -18,8 +19,19 @@ from solvers.methods.multistep import (
     lms,
     pndm,
 )
+from solvers.methods.renoise import ancestral, churn
 from solvers.methods.singlestep import dpm_solver, exponential_rk, heun
 from solvers.methods.statistics import dpm_solver_v3, gaussian_statistics
+from solvers.methods.stochastic import (
+    ddpm,
+    dpm_solver_pp_sde,
+    dpm_solver_sde,
+    er_sde,
+    euler_maruyama,
+    reverse_diffusion,
+    sa_solver,
+    seeds,
+)
 from solvers.methods.tableaux import (
     Tableau,
     etdrk3,
@@ -42,7 +54,7 @@ class Method:
 
     Attributes:
         build: (schedule, times) -> plan; `times` are the outer steps, [steps + 1].
-        order: of the error against the number of steps, as steps go to 0.
+        order: of the error against the number of steps, as steps go to 0; of a stochastic method, of its law.
         calls_per_step: of the steps after the start; a start that keeps the order costs more.
         start: (steps, calls in each) of the start; a step that touches infinite half log-SNR makes one call.
         uneven_order: of the error on grids whose neighbouring steps never become equal, where it is another.
@@ -142,7 +154,41 @@ METHODS: dict[str, Method] = {
     "obelm": Method(obelm, 2, 1),
 }
 
+SDES: dict[str, Method] = {
+    "ddpm": Method(ddpm, 1, 1),
+    "ddpm_large": Method(partial(ddpm, variance="large"), 1, 1),
+    "ddim_half": Method(partial(ddim, eta=0.5), 1, 1),
+    "analytic_ddpm": Method(partial(analytic_dpm, gamma=gaussian_gamma(0.5)), 1, 1),
+    "analytic_ddim": Method(partial(analytic_dpm, gamma=gaussian_gamma(0.5), eta=0.0), 1, 1),
+    "euler_maruyama": Method(euler_maruyama, 1, 1),
+    "reverse_diffusion": Method(reverse_diffusion, 1, 1),
+    "dpm_solver_pp_sde_1": Method(partial(dpm_solver_pp_sde, order=1, eta=0.5), 1, 1),
+    "dpm_solver_pp_sde_2m": Method(dpm_solver_pp_sde, 2, 1),
+    "dpm_solver_pp_sde_3m": Method(partial(dpm_solver_pp_sde, order=3), 2, 1),
+    "dpm_solver_sde_1": Method(partial(dpm_solver_sde, order=1), 1, 1),
+    "dpm_solver_sde_2": Method(dpm_solver_sde, 2, 1),
+    "sa_predictor_2": Method(partial(sa_solver, order=2, corrector=0), 2, 1),
+    "sa_predictor_3": Method(partial(sa_solver, corrector=0), 2, 1),
+    "sa_solver_1": Method(partial(sa_solver, order=1, corrector=2), 2, 1),
+    "sa_solver": Method(sa_solver, 2, 1),
+    "seeds_1": Method(partial(seeds, order=1), 1, 1),
+    "seeds_2": Method(partial(seeds, order=2), 2, 2),
+    "seeds_3": Method(seeds, 2, 3),
+    "er_sde_1": Method(partial(er_sde, order=1), 1, 1),
+    "er_sde_2": Method(partial(er_sde, order=2), 2, 1),
+    "er_sde_3": Method(er_sde, 2, 1),
+    "ancestral_heun": Method(ancestral, 2, 2),
+    "ancestral_2s": Method(
+        partial(ancestral, method=partial(dpm_solver_pp, order=2, kind="singlestep")), 2, 2
+    ),
+    "ancestral_3s": Method(
+        partial(ancestral, method=partial(dpm_solver_pp, order=3, kind="singlestep")), 3, 3
+    ),
+    "churn_heun": Method(partial(churn, high=0.9), 2, 2),
+}
+"""The stochastic methods; `restart`, learned variances and Langevin steps ask for more than a grid."""
+
 BUILDS: dict[str, Callable[[Schedule, Tensor], Plan]] = {"recommended": recommended} | {
-    name: method.build for name, method in METHODS.items()
+    name: method.build for name, method in (METHODS | SDES).items()
 }
 """Every method by name; `recommended` has no entry above, as its order and calls follow the number of steps."""

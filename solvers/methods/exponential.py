@@ -17,7 +17,9 @@ FORMS = ("noise", "data", "velocity")
 VARIABLES = ("half_logsnr", "t", "sigma", "angle")
 NATURAL = {"noise": "sigma", "velocity": "angle"}  # the variable that is the form's natural time
 RATE = {"noise": 1.0, "data": -1.0}  # of the kernel exp(rate (lam_t - lam))
-Clock = Callable[[Tensor], Tensor]  # half log-SNR -> T, the integral of tau^2 over half log-SNR, from anywhere
+Clock = Callable[
+    [Tensor], Tensor
+]  # half log-SNR -> T, the integral of tau^2 over half log-SNR, from anywhere
 GAUSS_POINTS = 64  # exact to rounding over steps of half log-SNR up to 10, where the integrands are analytic
 
 
@@ -185,9 +187,7 @@ class Form:
         ratio = (rho - start) / (end - start)
         value = t.sigma[:, None] * torch.exp(self.clock(lam) - t.clock[:, None] + lam)
         mass = weights * value * rho / (start - end) * (t.half_logsnr - s.half_logsnr)[:, None]
-        return torch.stack(
-            [t.alpha - k * (mass * ratio ** (k - 1)).sum(1) for k in range(1, degree + 1)], 1
-        )
+        return torch.stack([t.alpha - k * (mass * ratio ** (k - 1)).sum(1) for k in range(1, degree + 1)], 1)
 
     def slope(self, t: Levels) -> Tensor:
         """norm_t du / dlambda at t: what weighs m dlambda at the end of a step; of an SDE without the factor 1 + tau^2."""
@@ -231,11 +231,27 @@ def elapsed(s: Levels, t: Levels) -> Tensor:
 
 
 def stochastic_factor(s: Levels, t: Levels) -> Tensor:
-    """1 + tau^2 with the mean of tau^2 over each step, [steps]; 1 over a step of infinite length, whose rows do not ask."""
+    """1 + tau^2 with the mean of tau^2 over each step, [steps]; 1 over a step of infinite length.
+
+    There the weights of data form do not ask, and those of noise form take the ODE's step.
+    """
     if t.clock is None:
         return torch.ones_like(t.sigma)
     h = t.half_logsnr - s.half_logsnr
     return 1 + torch.where(h.isfinite(), elapsed(s, t) / h, 0.0)
+
+
+def noise_weight(form: Form, s: Levels, t: Levels) -> Tensor:
+    """The standard deviation of the noise that an SDE has added over each step, [steps]; 0 for the ODE.
+
+    Data form: sigma_t sqrt(1 - e^{-2 (T_t - T_s)}), with which data in one point keep their marginals. Noise form: tau sigma_t
+    sqrt(e^{2h} - 1).
+    """
+    if form.predicts == "data":
+        return t.sigma * torch.sqrt(-torch.expm1(-2 * elapsed(s, t)))
+    h = t.half_logsnr - s.half_logsnr
+    square = (stochastic_factor(s, t) - 1) * torch.expm1(2 * h)
+    return t.sigma * torch.sqrt(torch.where(h.isfinite(), square, 0.0))
 
 
 def refuse_no_data(name: str, levels: Levels) -> None:

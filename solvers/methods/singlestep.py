@@ -5,7 +5,15 @@ from torch import Tensor
 
 from solvers.arguments import whole
 from solvers.grids import MAX_STEPS, logsnr
-from solvers.methods.exponential import NATURAL, RATE, Form, Levels, touched
+from solvers.methods.exponential import (
+    NATURAL,
+    RATE,
+    Form,
+    Levels,
+    noise_weight,
+    stochastic_factor,
+    touched,
+)
 from solvers.methods.tableaux import (
     Tableau,
     dpm_solver_2,
@@ -17,7 +25,7 @@ from solvers.methods.tableaux import (
     two_positions,
 )
 from solvers.phi import phi
-from solvers.plan import Plan, fold
+from solvers.plan import Plan, fold, joined
 from solvers.schedules import Schedule
 
 
@@ -64,7 +72,7 @@ def dpm_solver_fast(
         (order, [i for i, o in enumerate(orders) if o == order]) for order in (3, 2, 1) if order in orders
     ]
     plans = [dpm_solver(schedule, times[steps[0] : steps[-1] + 2], order) for order, steps in runs]
-    return sum(plans[1:], plans[0])
+    return joined(plans)
 
 
 def heun(schedule: Schedule, times: Tensor, alpha: float = 1.0) -> Plan:
@@ -113,13 +121,17 @@ def exponential_rk(
         )
     if not isinstance(tableau, Tableau):
         raise TypeError(f"tableau = {tableau!r:.100}: expected a Tableau, e.g. tableaux.krogstad")
-    levels = Levels.of(schedule, times)
-    lowered = first_order_steps(variable, levels) & (tableau.stages > 1)
+    return runge_kutta(schedule, Levels.of(schedule, times), tableau, form)
+
+
+def runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form) -> Plan:
+    """The rows of a tableau on a grid, with order 1 where half log-SNR is infinite; of an SDE, if the form has a clock."""
+    lowered = first_order_steps(form.variable, levels) & (tableau.stages > 1)
     pieces = [
         _runge_kutta(schedule, levels[i : j + 1], euler if first_order else tableau, form)
         for first_order, i, j in _runs(lowered)
     ]
-    return sum(pieces[1:], pieces[0])
+    return joined(pieces)
 
 
 def _runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form) -> Plan:
@@ -130,10 +142,12 @@ def _runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: For
 
     def level(c: float) -> Levels:
         place = start + c * (form.place(t) - start)
-        return Levels.at(schedule, schedule.time(form.half_logsnr(form.variable, place)))
+        return Levels.at(schedule, schedule.time(form.half_logsnr(form.variable, place)), form.clock)
+
+    factor = stochastic_factor(s, t)
 
     def phi_at(k: int, c: float = 1.0) -> Tensor:
-        return phi(k, torch.zeros_like(h) if classical else RATE[form.predicts] * c * h)
+        return phi(k, torch.zeros_like(h) if classical else RATE[form.predicts] * factor * c * h)
 
     calls = [s if c == 0 else t if c == 1 else level(c) for c in tableau.positions]
     weights = tableau.weights(phi_at)
@@ -149,7 +163,7 @@ def _runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: For
     )
     for k, (end, outputs) in enumerate(zip([*calls[1:], t], weights, strict=True)):
         x_weights[:, k], part = form.exact_part(s, end)
-        scaled = total / form.norm(t) * form.norm(end) if classical else form.slope(end) * h
+        scaled = total / form.norm(t) * form.norm(end) if classical else form.slope(end) * factor * h
         for j, weight in enumerate(outputs, start=1):
             table[:, k, j] = scaled * weight
         table[:, k, 0] = part - table[:, k, 1:].sum(1)
@@ -157,7 +171,15 @@ def _runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: For
     turns = len(h) * sum(
         c < before for before, c in zip(tableau.positions[:-1], tableau.positions[1:], strict=True)
     )
-    return Plan(*at_calls(calls, t), a, b, predicts=form.predicts, scale=form.scale, turns=turns)
+    between = list(
+        zip(calls, [*calls[1:], t], strict=True)
+    )  # each row adds the noise of its own part of the step
+    c = (
+        a.new_zeros(0)
+        if form.clock is None
+        else torch.stack([noise_weight(form, *ends) for ends in between], 1).reshape(-1, 1)
+    )
+    return Plan(*at_calls(calls, t), a, b, c, form.predicts, form.scale, turns=turns)
 
 
 def at_calls(calls: list[Levels], t: Levels) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from solvers.arguments import numbers, positive, whole
+from solvers.files import load_tensors, save_tensors
 from solvers.grids import given
 from solvers.methods.exponential import GAUSS, Form, Levels
 from solvers.noise import Noise, as_source, noised
-from solvers.files import write_whole
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, predictor
 from solvers.schedules import Schedule
@@ -83,9 +82,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, which is whole or not there at all."""
-        save_file = _safetensors().torch.save_file
-        tensors = {name: getattr(self, name).contiguous() for name in NAMES}
-        write_whole(Path(path), lambda unfinished: save_file(tensors, unfinished))
+        save_tensors(Path(path), {name: getattr(self, name) for name in NAMES})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Statistics":
@@ -94,16 +91,7 @@ class Statistics:
         Raises:
             ValueError: not such a file.
         """
-        safetensors = _safetensors()
-        try:
-            tensors = safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-        if set(tensors) != set(NAMES):
-            raise ValueError(
-                f"{path} has {sorted(tensors)}: expected {sorted(NAMES)}, as Statistics.save writes them"
-            )
-        return Statistics(**tensors)
+        return Statistics(**load_tensors(Path(path), NAMES))
 
 
 def gaussian_statistics(mean: Tensor | float, variance: Tensor | float) -> Fit:
@@ -368,13 +356,3 @@ def _column(level: Tensor, like: Tensor) -> Tensor:
 
 def _host(x: Tensor) -> Tensor:
     return x.detach().to("cpu", torch.float64)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "statistics are saved as safetensors: pip install 'diffusion-solvers[files]'"
-        ) from error
-    return safetensors

@@ -101,6 +101,14 @@ def corrected(
     levels = Levels(plan.times[ends], plan.alpha[ends], plan.sigma[ends], plan.half_logsnr[ends])
     form = Form(plan.predicts, choice("variable", variable, PLACES), plan.scale)
     orders = orders_of_steps(levels, form, order, choice("final", final, FINALS))
+    return with_corrector(plan, levels, form, ends, orders, variant)
+
+
+def with_corrector(
+    plan: Plan, levels: Levels, form: Form, ends: Tensor, orders: list[int], variant: str
+) -> Plan:
+    """The rows of `corrected`: of a plan whose steps begin at the calls `ends` ([steps + 1], the last behind them all)."""
+    calls = ends[:-1]
     regular = ((ends.diff() == 1) & ~form.is_infinite(levels)).tolist()
     steps = [i for i, one_call in enumerate(regular[:-1]) if one_call]  # the last step has no call at its end
     width = max([plan.window, *(1 + int(calls[i + 1] - calls[i + 1 - orders[i]]) for i in steps)])

@@ -1,0 +1,224 @@
+"""Noise between the steps of any ODE method: the ancestral form, EDM's churn, Restart."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from solvers.arguments import number, whole
+from solvers.grids import given, has_levels, karras
+from solvers.methods.exponential import Levels
+from solvers.methods.singlestep import heun
+from solvers.plan import Plan, joined
+from solvers.schedules import Schedule
+
+Build = Callable[[Schedule, Tensor], Plan]
+TRIED = 4  # steps on which it is seen whether a method reads calls of earlier steps
+
+
+def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: float = 1.0) -> Plan:
+    """Ancestral steps with any one-step ODE method: from s to a time cleaner than t, then noise up to t.
+
+    Order of the method, in law, and also above 2: if the ODE's step is exact, so is the law, whatever the step; as many calls per step
+    as the method's; SDE; form of the method. With rho_down = rho_t sqrt(1 - q^2), q^2 = eta^2 (1 - e^{-2h}); with DDIM it is `ddim`
+    of that eta.
+    Source: Katherine Crowson's k-diffusion, get_ancestral_step, as in sample_dpmpp_2s_ancestral.
+
+    Args:
+        schedule: noise schedule.
+        times: outer steps, [steps + 1].
+        method: (schedule, times) -> plan of an ODE method that reads no call of an earlier step, e.g. heun, functools.partial(dpm_solver_pp, kind="singlestep").
+        eta: share of the noise, in [0, 1]; 0 is the method itself.
+    """
+    if not 0 <= number("eta", eta) <= 1:
+        raise ValueError(f"eta = {eta}: expected a number from 0 (the method itself) to 1")
+    levels = _checked("ancestral", schedule, times, method)
+    if not eta:
+        return method(schedule, levels.times)
+    lam = levels.half_logsnr
+    down = lam[1:] - torch.log1p(eta**2 * torch.expm1(-2 * lam.diff())) / 2
+    ends = torch.where(levels.sigma[1:] == 0, levels.times[1:], schedule.time(down))
+    pieces = [method(schedule, torch.stack([s, end])) for s, end in zip(levels.times[:-1], ends, strict=True)]
+    return _joined(schedule, pieces, levels.times[-1])
+
+
+def churn(
+    schedule: Schedule,
+    times: Tensor,
+    method: Build = heun,
+    amount: float = 40.0,
+    low: float = 0.0,
+    high: float = math.inf,
+    noise_scale: float = 1.0,
+) -> Plan:
+    """EDM's stochastic sampler with any one-step ODE method: before a step noise is added, up to rho (1 + gamma).
+
+    Order of the method, in law, with noise_scale = 1; as many calls per step as the method's; SDE; form of the method. gamma =
+    min(amount / steps, sqrt(2) - 1) in steps that begin between the times `low` and `high`, else 0. On a Discrete schedule the noisier
+    level is the nearest that the network knows.
+    Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 2; there amount is S_churn, low S_tmin, high S_tmax, noise_scale S_noise,
+    40, 0.05, 50, 1.003 on ImageNet.
+
+    Args:
+        schedule: noise schedule.
+        times: outer steps, [steps + 1].
+        method: (schedule, times) -> plan of an ODE method that reads no call of an earlier step.
+        amount: S_churn, from 0, where the plan is the method's.
+        low: least time that is churned.
+        high: greatest time that is churned; of a schedule that ends where the grid starts it must lie below.
+        noise_scale: of the added noise; a little above 1 makes up for networks that take out too much.
+    """
+    for name, value in (("amount", amount), ("noise_scale", noise_scale)):
+        if not 0 <= number(name, value) < math.inf:
+            raise ValueError(f"{name} = {value}: expected a finite number from 0")
+    if not 0 <= number("low", low) <= number("high", high):
+        raise ValueError(f"low = {low}, high = {high}: expected times with 0 <= low <= high")
+    levels = _checked("churn", schedule, times, method)
+    starts = levels.times[:-1]
+    gamma = min(amount / len(starts), math.sqrt(2) - 1)
+    churned = (starts >= low) & (starts <= high) & levels.half_logsnr[:-1].isfinite()
+    if not gamma or not churned.any():
+        return method(schedule, levels.times)
+    noisier = schedule.time(levels.half_logsnr[:-1] - math.log1p(gamma))
+    if has_levels(schedule):
+        count = schedule.levels  # type: ignore[attr-defined]
+        noisier = ((noisier * count).round() / count).clamp(max=schedule.start)
+    noisier = torch.where(churned, torch.maximum(noisier, starts), starts)
+    try:
+        schedule.half_logsnr(noisier)
+    except ValueError as error:
+        raise ValueError(
+            f"churn asks for t = {float(noisier.max()):g}, noisier than the schedule goes: leave out the first steps, e.g. high={0.9 * float(starts[0]):g}"
+        ) from error
+    pieces = [
+        method(schedule, torch.stack([begin, t])) for begin, t in zip(noisier, levels.times[1:], strict=True)
+    ]
+    return _joined(schedule, pieces, levels.times[-1], levels.times[0], noise_scale)
+
+
+def restart(
+    schedule: Schedule,
+    times: Tensor,
+    intervals: Sequence[tuple[float, float, int, int]],
+    method: Build = heun,
+    noise_scale: float = 1.0,
+    grid: Callable[..., Tensor] = karras,
+) -> Plan:
+    """Restart sampling with any ODE method: at some times noise is added back and the way down taken again, some times over.
+
+    Order of the method, in law, with noise_scale = 1; calls as the intervals ask; SDE; form of the method. A multistep method begins
+    anew after each restart.
+    Source: Xu et al. 2023 (arXiv 2306.14878), algorithm 1. Differs: in the released code an interval's steps are one fewer than its
+    number of nodes, and noise_scale is 0 unless given.
+
+    Args:
+        schedule: noise schedule.
+        times: outer steps of the main way, [steps + 1].
+        intervals: (low, high, steps, repeats) each: from the grid point nearest to the time `low` (in sigma / alpha) noise is added up
+            to the time `high` and `steps` steps are taken down again, `repeats` times over.
+        method: (schedule, times) -> plan of any ODE method.
+        noise_scale: of the added noise; the authors take 1.003.
+        grid: (schedule, steps, start=, stop=) -> times of an interval.
+    """
+    if not 0 <= number("noise_scale", noise_scale) < math.inf:
+        raise ValueError(f"noise_scale = {noise_scale}: expected a finite number from 0")
+    levels = Levels.of(schedule, times)
+    points, rho = levels.times, levels.sigma / levels.alpha
+    again: dict[int, list[Tensor]] = {}
+    for interval in intervals:
+        if not (isinstance(interval, tuple) and len(interval) == 4):
+            raise TypeError(
+                f"interval = {interval!r:.100}: expected (low, high, steps, repeats), e.g. (0.05, 0.3, 3, 2)"
+            )
+        low, high, steps, repeats = interval
+        whole("steps", steps, 1, 10**5)
+        whole("repeats", repeats, 1, 10**5)
+        at = Levels.at(schedule, torch.tensor([low], dtype=torch.float64, device="cpu"))
+        node = 1 + int((rho[1:] - at.sigma / at.alpha).abs().argmin())
+        if not points[node] < number("high", high) < math.inf:
+            raise ValueError(
+                f"interval = {interval}: its high must be noisier than t = {points[node]:g}, the grid point nearest to its low"
+            )
+        if levels.sigma[node] == 0:
+            raise ValueError(
+                f"interval = {interval}: the grid point nearest to its low has sigma = 0; give a low that is nearer to another"
+            )
+        inner = grid(schedule, steps, start=high, stop=points[node].item())
+        again.setdefault(node, []).extend([inner] * repeats)
+    pieces, first = [], 0
+    for node in sorted(again):
+        pieces += [method(schedule, points[first : node + 1])] if node > first else []
+        pieces += [method(schedule, inner) for inner in again[node]]
+        first = node
+    if first < len(points) - 1:
+        pieces.append(method(schedule, points[first:]))
+    return _joined(schedule, pieces, points[-1], noise_scale=noise_scale)
+
+
+def _checked(name: str, schedule: Schedule, times: Tensor, method: Build) -> Levels:
+    """The levels of the grid, once the method is seen to take each step by itself."""
+    if not callable(method):
+        raise TypeError(f"method = {method!r:.100}: expected (schedule, times) -> Plan, e.g. method=sv.heun")
+    times = given(schedule, times)
+    levels = Levels.of(schedule, times)
+    if (levels.half_logsnr.diff() < 0).any():
+        raise ValueError(
+            f"{name}: from data to noise there is no noise to add; encode with an ODE method, e.g. ddim"
+        )
+    some = times[: TRIED + 1]
+    whole_way = method(schedule, some)
+    alone = [method(schedule, some[i : i + 2]) for i in range(len(some) - 1)]
+    if whole_way.is_stochastic:
+        raise ValueError(f"{name}: the method adds noise itself; give an ODE method, e.g. heun")
+    if not whole_way.allclose(_joined(schedule, alone, some[-1]), rtol=1e-9):
+        raise ValueError(
+            f"{name}: the method reads calls of earlier steps, which the noise between them makes worthless; give a one-step method "
+            "(heun, dpm_solver, ddim), or take the multistep methods of the SDE: dpm_solver_pp_sde, sa_solver"
+        )
+    return levels
+
+
+def _joined(
+    schedule: Schedule,
+    pieces: Sequence[Plan],
+    stop: Tensor,
+    start: Tensor | None = None,
+    noise_scale: float = 1.0,
+) -> Plan:
+    """Plans one after the other; where one begins noisier than the way has come, a row of noise and no call goes before it."""
+    start = pieces[0].times[0] if start is None else start
+    level = torch.stack([start, schedule.alpha(start), schedule.sigma(start)])
+    whole_way: list[Plan] = []
+    for piece in pieces:
+        begin = torch.stack([piece.times[0], piece.alpha[0], piece.sigma[0]])
+        if begin[0] != level[0]:
+            whole_way.append(_noise(level, begin, piece, noise_scale))
+        elif whole_way:
+            piece = _from(level, piece)
+        whole_way.append(piece)
+        level = torch.stack([piece.times[-1], piece.alpha[-1], piece.sigma[-1]])
+    if level[0] != stop:
+        end = torch.stack([stop, schedule.alpha(stop), schedule.sigma(stop)])
+        whole_way.append(_noise(level, end, whole_way[-1], noise_scale))
+    return joined(whole_way)
+
+
+def _noise(level: Tensor, end: Tensor, like: Plan, noise_scale: float) -> Plan:
+    """A row that adds noise up to another level, in the form of its neighbour."""
+    _, alpha_s, sigma_s = level
+    _, alpha_t, sigma_t = end
+    a = alpha_t / alpha_s
+    weight = noise_scale * torch.sqrt((sigma_t - a * sigma_s) * (sigma_t + a * sigma_s))
+    times, alpha, sigma = torch.stack([level, end], 1)
+    b = like.b.new_zeros(1, 1)
+    return Plan(times, alpha, sigma, a[None], b, weight.reshape(1, 1), like.predicts, like.scale)
+
+
+def _from(level: Tensor, plan: Plan) -> Plan:
+    """The plan with exactly this first level, which is its own but for rounding."""
+    alpha, sigma = (
+        torch.cat([v[None], old[1:]]) for v, old in zip(level[1:], (plan.alpha, plan.sigma), strict=True)
+    )
+    return replace(plan, alpha=alpha, sigma=sigma)
