@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,8 +167,10 @@ class Plan:
                 )
         span = slice(first, last + 1)
         b, c = (array[first:last, : last - first] for array in (self.b, self.c))
-        levels = (self.times[span], self.alpha[span], self.sigma[span])
-        own = {name: getattr(self, name)[first:last] for name in ("a", "mix", "shift", "variances")}
+        levels = [getattr(self, name)[span] for name in _LEVELS]
+        own: dict[str, Any] = {
+            name: getattr(self, name)[first:last] for name in ("a", "mix", "shift", "variances")
+        }
         turns = _turns(self.times[span])
         return replace(self, **dict(zip(_LEVELS, levels, strict=True)), **own, b=b, c=c, turns=turns)
 
@@ -415,11 +418,13 @@ def joined(plans: Sequence[Plan]) -> Plan:
                 f"plans for elements {list(one.element_shape)} and {list(other.element_shape)}, or one with a shift or with variances "
                 "and one without, cannot be joined"
             )
-    levels = {
+    levels: dict[str, Any] = {
         name: torch.cat([getattr(plans[0], name), *(getattr(p, name)[1:] for p in plans[1:])])
         for name in _LEVELS
     }
-    own = {name: torch.cat([getattr(p, name) for p in plans]) for name in ("a", "mix", "shift", "variances")}
+    own: dict[str, Any] = {
+        name: torch.cat([getattr(p, name) for p in plans]) for name in ("a", "mix", "shift", "variances")
+    }
     b, c = (stacked(*(getattr(p, name) for p in plans)) for name in ("b", "c"))
     turns, consistent = _turns(levels["times"]), all(p.consistent for p in plans)
     return replace(plans[0], **levels, **own, b=b, c=c, turns=turns, consistent=consistent)

@@ -126,7 +126,7 @@ def _labels(plan: Plan, model: Model, called: Tensor) -> list[float] | list[int]
     if called.all():
         return model.labels(plan.times[:-1])
     labels = iter(model.labels(plan.times[:-1][called]))
-    return [next(labels) if is_called else 0 for is_called in called.tolist()]  # type: ignore[return-value]
+    return [next(labels) if is_called else 0 for is_called in called.tolist()]
 
 
 def _variances(plan: Plan, model: Model, have: tuple[Tensor, Tensor]) -> list[Variance | None]:

@@ -184,7 +184,7 @@ SDES: dict[str, Method] = {
     "ancestral_3s": Method(
         partial(ancestral, method=partial(dpm_solver_pp, order=3, kind="singlestep")), 3, 3
     ),
-    "churn_heun": Method(partial(churn, high=0.9), 2, 2),
+    "churn_heun": Method(partial(churn, amount=10.0, high=0.9), 2, 2),
 }
 """The stochastic methods; `restart`, learned variances and Langevin steps ask for more than a grid."""
 

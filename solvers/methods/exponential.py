@@ -248,7 +248,7 @@ def noise_weight(form: Form, s: Levels, t: Levels) -> Tensor:
     sqrt(e^{2h} - 1).
     """
     if form.predicts == "data":
-        return t.sigma * torch.sqrt(-torch.expm1(-2 * elapsed(s, t)))
+        return t.sigma * torch.sqrt(-torch.expm1(-2 * elapsed(s, t).clamp(min=0)))
     h = t.half_logsnr - s.half_logsnr
     square = (stochastic_factor(s, t) - 1) * torch.expm1(2 * h)
     return t.sigma * torch.sqrt(torch.where(h.isfinite(), square, 0.0))

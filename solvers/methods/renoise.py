@@ -40,6 +40,7 @@ def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: floa
     lam = levels.half_logsnr
     down = lam[1:] - torch.log1p(eta**2 * torch.expm1(-2 * lam.diff())) / 2
     ends = torch.where(levels.sigma[1:] == 0, levels.times[1:], schedule.time(down))
+    _inside("ancestral", schedule, ends, "take more steps or a smaller eta, or end the grid earlier")
     pieces = [method(schedule, torch.stack([s, end])) for s, end in zip(levels.times[:-1], ends, strict=True)]
     return _joined(schedule, pieces, levels.times[-1])
 
@@ -86,12 +87,7 @@ def churn(
         count = schedule.levels  # type: ignore[attr-defined]
         noisier = ((noisier * count).round() / count).clamp(max=schedule.start)
     noisier = torch.where(churned, torch.maximum(noisier, starts), starts)
-    try:
-        schedule.half_logsnr(noisier)
-    except ValueError as error:
-        raise ValueError(
-            f"churn asks for t = {float(noisier.max()):g}, noisier than the schedule goes: leave out the first steps, e.g. high={0.9 * float(starts[0]):g}"
-        ) from error
+    _inside("churn", schedule, noisier, f"leave out the first steps, e.g. high={0.9 * float(starts[0]):g}")
     pieces = [
         method(schedule, torch.stack([begin, t])) for begin, t in zip(noisier, levels.times[1:], strict=True)
     ]
@@ -178,6 +174,16 @@ def _checked(name: str, schedule: Schedule, times: Tensor, method: Build) -> Lev
             "(heun, dpm_solver, ddim), or take the multistep methods of the SDE: dpm_solver_pp_sde, sa_solver"
         )
     return levels
+
+
+def _inside(name: str, schedule: Schedule, times: Tensor, advice: str) -> None:
+    """Refuse times that the schedule does not have."""
+    try:
+        schedule.half_logsnr(times)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} asks for times from {float(times.min()):g} to {float(times.max()):g}, beyond the schedule's: {advice}"
+        ) from error
 
 
 def _joined(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, number, numbers, whole
-from solvers.methods.exponential import Clock, Form, Levels, noise_weight
+from solvers.methods.exponential import Clock, Form, Levels, elapsed, noise_weight
 from solvers.methods.multistep import (
     FINALS,
     MAX_ORDER,
@@ -20,11 +20,12 @@ from solvers.methods.multistep import (
 )
 from solvers.methods.singlestep import runge_kutta, singlestep
 from solvers.methods.tableaux import dpm_solver_2, euler, third_order
-from solvers.methods.unipc import with_corrector
+from solvers.methods.unipc import corrected, with_corrector
 from solvers.plan import Plan
 from solvers.predictions import path_derivative
 from solvers.schedules import Schedule
 
+FAR = 230.0  # half log-SNR that is as good as infinite, and rho = e^230 still a number
 DDPM_VARIANCES = ("small", "large", "learned")
 
 
@@ -185,6 +186,8 @@ def sa_solver(
     plan = _adams_sde(schedule, levels, form, order, final, "vary_coeff")
     if not corrector:
         return plan
+    if levels.clock is None:
+        return corrected(plan, corrector - 1, "vary_coeff", final=final)
     orders = orders_of_steps(levels, form, corrector - 1, final)
     return with_corrector(plan, levels, form, torch.arange(plan.rows + 1, device="cpu"), orders, "vary_coeff")
 
@@ -241,20 +244,23 @@ def er_sde(
     whole("order", order, 1, 3)
 
     def clock(lam: Tensor) -> Tensor:
-        return torch.where(lam.isinf(), lam, -lam - torch.log(noise_scale(torch.exp(-lam))))
+        lam = lam.clamp(-FAR, FAR)
+        return -lam - torch.log(noise_scale(torch.exp(-lam)))
 
     levels = Levels.of(schedule, times, clock)
-    passed = torch.zeros(0) if levels.clock is None else levels.clock.diff()
-    slack = 1e-12 * levels.half_logsnr.abs().nan_to_num(posinf=0.0).clamp(min=1.0)[1:]
-    if not (passed >= -slack).all():
-        rho = (levels.sigma / levels.alpha)[1:][~(passed >= -slack)][0]
+    s, t = levels[:-1], levels[1:]
+    passed = elapsed(s, t)
+    rounding = 1e-12 * s.half_logsnr.abs().clamp(1, FAR)
+    if not (passed >= -rounding).all():
+        rho = float((t.sigma / t.alpha)[~(passed >= -rounding)][0])
         raise ValueError(
             f"noise_scale grows more slowly than rho near rho = {rho:g}, or is not a number there: expected phi / rho that does not "
             "fall, e.g. lambda rho: rho**2"
         )
-    exact = torch.cat([levels.half_logsnr.new_zeros(1), passed.clamp(min=0)])
-    if exact.isfinite().all():  # rounding must not run backwards
-        levels = replace(levels, clock=levels.clock[0] + exact.cumsum(0))
+    if (passed <= rounding).all():  # the ODE
+        return _adams_sde(
+            schedule, replace(levels, clock=None), Form("data", "sigma"), order, final, "vary_coeff"
+        )
     return _adams_sde(schedule, levels, Form("data", "sigma", clock=clock), order, final, "vary_coeff")
 
 

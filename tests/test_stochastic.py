@@ -1,0 +1,255 @@
+"""Stochastic methods: their order in law, exactly and without Monte Carlo; their limits; what wrong noise does to them."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+
+import solvers as sv
+from problems import FULL, NARROW, VP
+from reference import Gaussian, even, grid, law, slopes, uneven, wasserstein2
+from reference.orders import PATTERN
+from solvers.methods import SDES
+
+VARIANCES = torch.tensor([0.05, 0.3, 2.0], dtype=torch.float64)
+DATA = Gaussian(torch.tensor([0.7, -0.4, 1.1]), torch.diag(VARIANCES))
+POINT = Gaussian(torch.tensor([0.7]), torch.zeros(1, 1))
+OVER_NOISY = {
+    "ddpm_large", "analytic_ddpm", "analytic_ddim", "euler_maruyama", "reverse_diffusion", "dpm_solver_sde_1", "dpm_solver_sde_2",
+}  # for data in one point  # fmt: skip
+
+
+def off(plan):
+    """How far the law is from the marginal: Wasserstein-2, and of each variance the standard deviation alone."""
+    got, exact = law(plan, DATA), DATA.marginal(plan.alpha[-1].item(), plan.sigma[-1].item())
+    deviations = [torch.diagonal(v.cov).sqrt() for v in (got, exact)]
+    return wasserstein2(got, exact), (deviations[0] - deviations[1]).abs()
+
+
+def order_in_law(build, spacing, counts, span=NARROW):
+    if spacing is uneven:
+        counts = [n - n % len(PATTERN) + 1 for n in counts]
+    errors = [off(build(VP, grid(VP, *span, spacing(n)))) for n in counts]
+    whole, each = (torch.stack([torch.as_tensor(v) for v in part]) for part in zip(*errors, strict=True))
+    return slopes(whole)[-1].item(), (each[:-1] / each[1:]).log2()[-1]
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_the_law_has_the_declared_order(name):
+    """Of variances .05, .3 and 2 with a mean, together and, where errors do not happen to cancel, of each."""
+    measured, each = order_in_law(SDES[name].build, even, (320, 640))
+    assert measured == pytest.approx(SDES[name].order, abs=0.1)
+    assert (each > SDES[name].order - 0.1).all(), each
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_the_order_in_law_survives_an_uneven_grid(name):
+    measured, _ = order_in_law(SDES[name].build, uneven, (80, 160))
+    assert SDES[name].order - 0.2 < measured < SDES[name].order + 0.5
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpm_solver_pp_sde_2m", "sa_predictor_2", "seeds_2", "er_sde_2"])
+def test_the_order_in_law_holds_on_the_whole_range(name):
+    measured, _ = order_in_law(SDES[name].build, even, (160, 320), FULL)
+    assert measured == pytest.approx(SDES[name].order, abs=0.1)
+
+
+@pytest.mark.parametrize("eta", [0.2, 1.0, 2.0])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_a_corrector_with_the_predictor_s_noise_has_second_order_in_law_for_any_tau(order, eta):
+    """Of one draw of noise for each step no more is possible; without noise it is order + 1."""
+    build = partial(sv.sa_solver, order=order, corrector=order + 1, tau=lambda t: eta + 0.3 * t)
+    measured, _ = order_in_law(build, even, (160, 320))
+    assert measured > 1.85
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_without_noise_a_corrector_raises_the_order_by_one(order):
+    build = partial(sv.sa_solver, order=order, corrector=order + 1, tau=0.0)
+    measured, _ = order_in_law(build, even, (160, 320))
+    assert measured == pytest.approx(order + 1 if order < 3 else 3.5, abs=0.2 if order < 3 else 0.7)
+
+
+# Noise
+
+
+def marginal_of_a_point(plan):
+    return law(plan, POINT).cov[0, 0].item() / plan.sigma[-1].item() ** 2 - 1
+
+
+@pytest.mark.parametrize("name", [name for name in SDES if name not in OVER_NOISY])
+def test_data_in_one_point_keep_their_marginals_and_noise_off_by_a_thousandth_shows(name):
+    plan = SDES[name].build(VP, sv.uniform(VP, 7))
+    assert abs(marginal_of_a_point(plan)) < 1e-11
+    assert abs(marginal_of_a_point(dataclasses.replace(plan, c=plan.c * 1.001))) > 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(OVER_NOISY - {"analytic_ddim"}))
+def test_noise_off_by_a_thousandth_takes_the_order_away_where_a_point_does_not_show_it(name):
+    """Of analytic_ddim it is the square of the step; there test_analytic holds the variance itself to 1e-10."""
+
+    def damaged(schedule, times):
+        plan = SDES[name].build(schedule, times)
+        return dataclasses.replace(plan, c=plan.c * 1.001)
+
+    order = SDES[name].order
+    assert order_in_law(SDES[name].build, even, (600, 1200))[0] == pytest.approx(order, abs=0.1)
+    assert abs(order_in_law(damaged, even, (600, 1200))[0] - order) > 0.1
+
+
+# Limits
+
+
+ETA_ZERO = {
+    "ddim": (partial(sv.ddim, eta=0.0), sv.ddim),
+    **{
+        f"dpm_solver_pp_sde {p}": (
+            partial(sv.dpm_solver_pp_sde, order=p, eta=0.0),
+            partial(sv.dpm_solver_pp, order=p),
+        )
+        for p in (1, 2, 3)
+    },
+    **{
+        f"dpm_solver_sde {p}": (
+            partial(sv.dpm_solver_sde, order=p, eta=0.0),
+            partial(sv.dpm_solver_multistep, order=p),
+        )
+        for p in (1, 2, 3)
+    },
+    **{
+        f"seeds {p}": (
+            partial(sv.seeds, order=p, eta=0.0),
+            partial(sv.dpm_solver_pp, order=p, kind="singlestep"),
+        )
+        for p in (1, 2, 3)
+    },
+    **{
+        f"sa_solver {p}": (
+            partial(sv.sa_solver, order=p, corrector=0, tau=0.0),
+            partial(sv.exponential_adams, order=p, predicts="data"),
+        )
+        for p in (1, 2, 3, 4)
+    },
+    "sa_solver corrected": (
+        partial(sv.sa_solver, order=3, corrector=4, tau=0.0),
+        partial(sv.unipc, order=3, variant="vary_coeff"),
+    ),
+    **{
+        f"er_sde {p}": (
+            partial(sv.er_sde, order=p, noise_scale=lambda rho: rho),
+            partial(sv.exponential_adams, order=p, predicts="data", variable="sigma"),
+        )
+        for p in (1, 2, 3)
+    },
+    "ancestral": (partial(sv.ancestral, eta=0.0), sv.heun),
+    "churn": (partial(sv.churn, amount=0.0), sv.heun),
+    "restart": (partial(sv.restart, intervals=[]), sv.heun),
+}
+
+
+@pytest.mark.parametrize("name", ETA_ZERO)
+@pytest.mark.parametrize("grid_of", [sv.logsnr, sv.uniform], ids=["logsnr", "uniform"])
+def test_without_noise_it_is_the_ode_method_bit_for_bit(name, grid_of):
+    stochastic, ode = (build(VP, grid_of(VP, 9)) for build in ETA_ZERO[name])
+    assert stochastic == ode
+    assert not stochastic.is_stochastic
+
+
+NEARLY = {
+    "dpm_solver_pp_sde": lambda e: partial(sv.dpm_solver_pp_sde, order=2, eta=e),
+    "dpm_solver_sde": lambda e: partial(sv.dpm_solver_sde, order=2, eta=e),
+    "sa_solver": lambda e: partial(sv.sa_solver, tau=e**0.5),
+    "seeds": lambda e: partial(sv.seeds, eta=e),
+    "er_sde": lambda e: partial(sv.er_sde, noise_scale=lambda rho: rho ** (1 + e)),
+    "ancestral": lambda e: partial(sv.ancestral, eta=e**0.5),
+    "ddim": lambda e: partial(sv.ddim, eta=e**0.5),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_little_noise_is_nearly_the_ode_method(name):
+    """The deterministic weights depend on tau^2 smoothly, the noise's on tau."""
+    times = sv.logsnr(VP, 6)
+    bare, little = (NEARLY[name](e)(VP, times) for e in (0.0, 1e-8))
+    if name == "ancestral":  # with rows of noise between the steps
+        outer = law(bare, DATA), law(little, DATA)
+        assert wasserstein2(*outer) < 1e-7
+        return
+    assert (little.a - bare.a).abs().max() < 1e-7
+    assert (little.b - bare.b).abs().max() < 1e-7
+    assert 0 < little.c.max() < 1e-3
+
+
+def test_constant_tau_is_eta_and_every_first_order_method_is_ddpm():
+    times = sv.logsnr(VP, 8)
+    ddpm = sv.ddpm(VP, times)
+    for plan in (
+        sv.ddim(VP, times, eta=1.0),
+        sv.dpm_solver_pp_sde(VP, times, order=1),
+        sv.seeds(VP, times, order=1),
+        sv.sa_solver(VP, times, order=1, corrector=0),
+        sv.er_sde(VP, times, order=1, noise_scale=lambda rho: rho**2),
+        sv.ml_sde(VP, times),
+    ):
+        assert plan.allclose(ddpm, rtol=1e-11)
+    rows = [
+        plan.b[2:]
+        for plan in (sv.sa_solver(VP, times, 3, 0, tau=0.5**0.5), sv.dpm_solver_pp_sde(VP, times, 3, eta=0.5))
+    ]
+    assert torch.allclose(*rows, rtol=1e-11)  # they differ in the start, where the one is "bh2"
+    by_step = sv.sa_solver(VP, times, tau=lambda t: torch.full_like(t, 0.7))
+    assert by_step == sv.sa_solver(VP, times, tau=0.7)
+
+
+def test_each_step_has_the_tau_of_its_end():
+    times = sv.logsnr(VP, 6)
+    plan = sv.sa_solver(VP, times, order=2, corrector=0, tau=lambda t: (t < 0.4).double())
+    assert ((plan.c[:, 0] > 0) == (times[1:] < 0.4)).all()
+    assert 0 < (plan.c > 0).sum() < 6
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 11])
+def test_calls_are_what_the_method_says(name, steps):
+    assert SDES[name].build(VP, sv.logsnr(VP, steps)).nfe == SDES[name].nfe(steps)
+
+
+def test_churn_and_ancestral_calls_do_not_count_rows_of_noise():
+    plan = sv.ancestral(VP, sv.logsnr(VP, 4), sv.ddim, eta=0.5)
+    assert (plan.nfe, plan.rows) == (4, 8)
+    assert plan.is_called.tolist() == [True, False] * 4
+
+
+PLACES = {
+    "flow from alpha = 0 to sigma = 0": (sv.Flow(), sv.uniform),
+    "discrete to sigma = 0": (sv.Discrete.linear(1000), sv.trailing),
+    "zero terminal snr": (sv.Discrete.linear(1000).zero_terminal_snr(), sv.trailing),
+    "edm": (sv.EDM(), sv.karras),
+    "ve": (sv.VE(), lambda schedule, steps: sv.logsnr(schedule, steps, stop=0.3)),
+    "subvp": (sv.SubVP(), sv.quadratic),
+}
+NEEDS_DATA = {
+    "euler_maruyama", "analytic_ddpm", "analytic_ddim", "dpm_solver_sde_1", "dpm_solver_sde_2", "ancestral_heun", "churn_heun",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", SDES)
+def test_few_steps_are_finite_on_every_schedule(name, place):
+    schedule, spacing = PLACES[place]
+    for steps in (1, 2, 3, 7):
+        times = spacing(schedule, steps)
+        if schedule.alpha(times[:1]) == 0 and name in NEEDS_DATA:
+            with pytest.raises(ValueError, match="alpha = 0"):
+                SDES[name].build(schedule, times)
+            continue
+        if name.startswith("ancestral") and place == "ve" and steps < 7:  # down to noise below the schedule's
+            with pytest.raises(ValueError, match="beyond the schedule's: take more steps"):
+                SDES[name].build(schedule, times)
+            continue
+        plan = SDES[name].build(schedule, times)
+        net = DATA.model(schedule, "velocity")
+        x = plan.alpha[0] * DATA.mean + plan.sigma[0] * torch.linspace(-2, 2, 15).double().reshape(5, 3)
+        end = sv.run(plan, sv.Model(net, predicts="velocity"), x, noise=0)
+        assert end.isfinite().all(), (name, steps)
