@@ -1,19 +1,21 @@
-"""Writes the table of docs/methods.md from the methods' docstrings and plans: python docs/methods.py"""
+"""Writes the tables of docs/methods.md from the methods' docstrings and plans: python docs/methods.py"""
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import solvers as sv
-from solvers.methods import BUILDS, METHODS
+from solvers.methods import BUILDS, METHODS, SDES
 
 PAGE = Path(__file__).with_name("methods.md")
-BEGIN, END = "<!-- methods.py: begin -->\n", "<!-- methods.py: end -->"
+END = "<!-- methods.py: end -->"
 HEADS = ("name", "call", "order", "calls per step", "form", "needs", "source")
+ORDERS = METHODS | SDES
+TABLES = {"deterministic": [name for name in BUILDS if name not in SDES], "stochastic": list(SDES)}
 SCHEDULE, FLOW = sv.VP(), sv.Flow()
 
 
@@ -30,7 +32,11 @@ def shown(value: object) -> str:
                 return f"tableaux.{name}"
         places = ", ".join(f"{c:.3g}" for c in value.positions[1:])
         return f"tableaux.{('second', 'third')[value.stages - 2]}_order({places})"
-    return "gaussian_statistics(...)" if callable(value) else repr(value)
+    if isinstance(value, partial):
+        options = "".join(f", {key}={shown(option)}" for key, option in value.keywords.items())
+        return f"partial({value.func.__name__}{options})"
+    kind = "statistics" if "statistics" in getattr(value, "__qualname__", "") else "gamma"
+    return f"gaussian_{kind}(...)" if callable(value) else repr(value)
 
 
 def sentence(function: Callable[..., sv.Plan]) -> list[str]:
@@ -55,16 +61,17 @@ def needs(build: Callable[..., sv.Plan], plan: sv.Plan, times: torch.Tensor) -> 
             yield "at alpha = 0 no noise or score"
     except ValueError:
         yield "alpha > 0" if plan.predicts != "mixture" else "alpha > 0 and sigma > 0"
-    if not set(plan.times.tolist()) <= set(times.tolist()):
+    if not set(plan.times[:-1][plan.is_called].tolist()) <= set(times.tolist()):
         yield "calls between times"
     if plan.predicts == "mixture":
         yield "statistics"
 
 
-def rows() -> Iterator[list[str]]:
-    """A row for every name that the command knows."""
+def rows(names: Iterable[str]) -> Iterator[list[str]]:
+    """A row for every name."""
     times = sv.logsnr(SCHEDULE, 12)
-    for name, build in BUILDS.items():
+    for name in names:
+        build = BUILDS[name]
         function, options = parts(build)
         plans = [build(SCHEDULE, sv.logsnr(SCHEDULE, steps)) for steps in (11, 12)]
         per_step = plans[1].nfe - plans[0].nfe
@@ -73,7 +80,7 @@ def rows() -> Iterator[list[str]]:
         options = {key: value for key, value in options.items() if value != defaults[key]}
         bound = "".join(f", {key}={shown(value)}" for key, value in options.items())
         order = (
-            sentence(function)[0].removeprefix("Order ") if name not in METHODS else str(METHODS[name].order)
+            sentence(function)[0].removeprefix("Order ") if name not in ORDERS else str(ORDERS[name].order)
         )
         form = plans[1].predicts
         yield [
@@ -87,17 +94,20 @@ def rows() -> Iterator[list[str]]:
         ]
 
 
-def table() -> str:
-    """The Markdown table."""
-    lines = [HEADS, tuple("---" for _ in HEADS), *rows()]
+def table(names: Iterable[str]) -> str:
+    """The Markdown table of some methods."""
+    lines = [HEADS, tuple("---" for _ in HEADS), *rows(names)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def page() -> str:
-    """The page with the table as it should be."""
+    """The page with its tables as they should be."""
     text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END)[1]
+    for kind, names in TABLES.items():
+        begin = f"<!-- methods.py: {kind} -->\n"
+        before, rest = text.split(begin)
+        text = before + begin + table(names) + END + rest.split(END, 1)[1]
+    return text
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from typer.core import TyperGroup
 
 import solvers as sv
 from solvers import figures
-from solvers.comparison import FAST, Grid, Problem, answer, candidates, errors, versions
+from solvers.comparison import FAST, Grid, Problem, analytic, answer, candidates, errors, versions
 from solvers.files import write_whole
 from solvers.grids import usual
-from solvers.methods import BUILDS, METHODS
+from solvers.methods import BUILDS, METHODS, SDES
 
 T = TypeVar("T")
 Files = dict[str, Callable[[Path], object]]  # by name, what fills it
@@ -57,12 +57,15 @@ GRIDS: dict[str, Grid] = {
         sv.linspace,
     )
 }
-SOLVERS = [*BUILDS, FAST]
+SOLVERS = [name for name in [*BUILDS, FAST] if name not in SDES]
 COMPARED = (
     "recommended,ddim,ipndm,dpm_solver_3,dpm_solver_pp_2s,dpm_solver_pp_2m,dpm_solver_pp_3m_ramp,deis_t_3_ramp,unipc_3_ramp,"
     "adams_velocity_3_ramp"
 )
+COMPARED_STOCHASTIC = "ddpm,ddpm_large,euler_maruyama,analytic_ddpm,analytic_ddim,dpm_solver_pp_sde_2m,sa_solver,seeds_2,er_sde_3,ancestral_2s,recommended"
 MEASURES = {"median": "error of the median sample", "rms": "root-mean-square error over all samples"}
+LAW = "Wasserstein-2 distance of the sampler's exact law, per element"
+LAW_RESOLUTION = 1e-8  # the root of rounding
 PICTURED_CALLS = 10  # the picture is drawn at the number of calls nearest to this
 PICTURED_SAMPLES, PICTURED_SHEET = 16, 100
 COUNTS = (32, 64, 128, 256)
@@ -142,7 +145,13 @@ def root(
 
 @app.command()
 def compare(
-    solvers: Annotated[str, typer.Option(help=f"Comma-separated, or all: {', '.join(SOLVERS)}.")] = COMPARED,
+    solvers: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Comma-separated, or all: {', '.join(SOLVERS)}; with --stochastic also {', '.join(SDES)}.",
+            show_default=COMPARED,
+        ),
+    ] = None,
     calls: Annotated[
         str, typer.Option(help="Network calls, comma-separated; a solver takes as many steps as fit.")
     ] = "6,12,24,48,96",
@@ -162,6 +171,14 @@ def compare(
             "samples (rms), which the few that start near the border of two digits dominate. Both are recorded."
         ),
     ] = "median",
+    stochastic: Annotated[
+        bool,
+        typer.Option(
+            "--stochastic",
+            help="Compare the stochastic family by the distance of their exact law from the data's, on Gaussian data with the digits' "
+            "mean and covariance; without Monte Carlo. digits.png shows their samples of the digits themselves.",
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare solvers: their error against the exact answer, at equal numbers of network calls.
@@ -172,8 +189,19 @@ def compare(
 
     Example:  `solvers compare --solvers ddim,dpm_solver_3,dpm_solver_pp_2m --calls 6,12,24 --schedule edm`
     """
-    names = chosen("--solvers", solvers, SOLVERS)
     budgets = numbers("--calls", calls)
+    if stochastic:
+        compare_laws(
+            solvers or COMPARED_STOCHASTIC, budgets, schedule, grid, samples, seed, model, out, quiet
+        )
+        return
+    names = chosen("--solvers", solvers or COMPARED, BUILDS | {FAST: None})
+    for name in names:
+        if name in SDES:
+            refuse(
+                "--solvers",
+                f"{name} is stochastic: no run of it has an exact answer; compare the laws with --stochastic",
+            )
     key = picked("--error", error, {"median": "median_error", "rms": "error"})
     asked = named_grid(grid)
     problem = load(model, schedule, samples, seed)
@@ -206,14 +234,12 @@ def compare(
         records.append(run | errors(x, exact) | setting)
         ends[name, budget] = x
 
-    show(figures.error_table(records, names, budgets, key))
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    files: Files = {
-        "records.jsonl": lambda path: path.write_text(lines, encoding="utf-8"),
-        "errors.png": figures.work_precision(records, key, MEASURES[error]).savefig,
-    }
+    over = "median of" if error == "median" else "over all"
+    label = f"Root-mean-square error, {over} {figures.counted(len(exact), 'sample')}"
+    show(figures.error_table(records, names, budgets, key, label))
+    files = recorded(records, key, MEASURES[error])
     if figures.is_image(exact):
-        near = min(budgets, key=lambda budget: abs(budget - PICTURED_CALLS))
+        near = pictured(budgets)
         best = sorted(
             (record for record in records if record["calls"] == near), key=lambda record: record[key]
         )
@@ -226,6 +252,102 @@ def compare(
             ink=model is None,
         ).savefig
     write(out, files, quiet)
+
+
+def compare_laws(
+    solvers: str,
+    budgets: list[int],
+    schedule: str | None,
+    grid: str | None,
+    samples: int,
+    seed: int | None,
+    model: str | None,
+    out: Path,
+    quiet: bool,
+) -> None:
+    """What `compare --stochastic` does."""
+    from reference import digits, law, wasserstein2
+
+    if model is not None:
+        refuse(
+            "--model", "the law of a sampler is known on Gaussian data alone; leave it out with --stochastic"
+        )
+    names = chosen("--solvers", solvers, BUILDS)
+    asked = named_grid(grid)
+    problem = load(None, schedule, samples, seed)
+    spacing = asked or usual(problem.schedule)
+    data = digits().moments
+    builds = analytic(sv.gaussian_gamma(data.variances.clamp(min=1e-12)))
+    plans, reasons = candidates(names, problem, spacing, budgets, builds)
+    if not plans:
+        raise ValueError(
+            f"no solver is left on grid {spacing.__name__}: {'; '.join(dict.fromkeys(reasons.values()))}"
+        )
+    for name in () if quiet else dict.fromkeys(name for name, _ in reasons):
+        typer.echo(
+            f"solvers: {name} is left out: {next(v for (n, _), v in reasons.items() if n == name)}", err=True
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    bars = Console(stderr=True, quiet=quiet)
+    setting = {
+        "samples": 0,
+        "reference": "the exact marginal",
+        "resolution": LAW_RESOLUTION,
+        "grid": spacing.__name__,
+    }
+    setting |= problem.origin | {"model": "Gaussian data with the digits' mean and covariance"} | versions()
+    records: list[dict[str, Any]] = []
+    for (name, budget), plan in track(plans.items(), "computing the laws", console=bars, transient=True):
+        marginal = data.marginal(float(plan.alpha[-1]), float(plan.sigma[-1]))
+        distance = wasserstein2(law(plan, data), marginal) / len(data.cov) ** 0.5
+        records.append({"solver": name, "calls": budget, "nfe": plan.nfe, "error": distance} | setting)
+    show(figures.error_table(records, names, budgets, "error", LAW))
+
+    near, shown = pictured(budgets), slice(PICTURED_SAMPLES)
+    with bars.status("sampling the digits"):
+        gamma = sv.estimate_gamma(
+            problem.model, problem.schedule, digits().draw(64, torch.Generator().manual_seed(0)),
+            between(problem.schedule), noise=0,
+        )  # fmt: skip
+        pictures, _ = candidates(names, problem, spacing, [near], analytic(gamma))
+        rows = {"digits": digits().draw(min(samples, PICTURED_SAMPLES), torch.Generator().manual_seed(1))}
+        best = sorted(
+            (record for record in records if record["calls"] == near), key=lambda record: record["error"]
+        )
+        ids = range(len(problem.x[shown]))
+        for record in best:
+            if drawn := pictures.get((record["solver"], near)):
+                source = sv.noise.per_sample(seed or 0, ids)
+                rows[record["solver"]] = sv.run(drawn, problem.model, problem.x[shown], source)
+    files = recorded(records, "error", LAW)
+    files["digits.png"] = figures.gallery(
+        rows,
+        f"Samples of the digits by {near} network calls, least distance on Gaussian data first",
+        ["distance", *(figures.seen(record, "error") for record in best if record["solver"] in rows)],
+        ink=True,
+    ).savefig
+    write(out, files, quiet)
+
+
+def recorded(records: list[dict[str, Any]], key: str, label: str) -> Files:
+    """The records of a comparison and their figure."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    return {
+        "records.jsonl": lambda path: path.write_text(lines, encoding="utf-8"),
+        "errors.png": figures.work_precision(records, key, label).savefig,
+    }
+
+
+def between(schedule: sv.Schedule) -> Tensor:
+    """Times from the start to the stop of a schedule, or just within where half log-SNR is infinite there."""
+    ends = torch.tensor([schedule.start, schedule.stop], dtype=torch.float64)
+    first, last = schedule.half_logsnr(ends).clamp(-12, 12).tolist()
+    return schedule.time(torch.linspace(first, last, 25, dtype=torch.float64))
+
+
+def pictured(budgets: list[int]) -> int:
+    """The number of calls at which samples are drawn as pictures."""
+    return min(budgets, key=lambda budget: abs(budget - PICTURED_CALLS))
 
 
 @app.command()
@@ -242,7 +364,7 @@ def sample(
     out: Out = Path("results"),
     quiet: Quiet = False,
 ) -> None:
-    """Draw samples with one solver, from noise to data.
+    """Draw samples with one solver, from noise to data; --seed also seeds the noise of a stochastic one.
 
     Writes samples.npy (the array [B, ...]) and, if the samples are grey or RGB images in [-1, 1], samples.png.
 
@@ -250,11 +372,11 @@ def sample(
     """
     build = picked("--solver", solver, BUILDS)
     asked = named_grid(grid)
-    problem = load(model, schedule, samples, seed)
+    problem = load(model, schedule, samples, None if model and solver in SDES else seed)
     spacing = asked or usual(problem.schedule)
     plan = build(problem.schedule, spacing(problem.schedule, steps))
     out.mkdir(parents=True, exist_ok=True)
-    x = sv.run(plan, problem.model, problem.x, progress=not quiet).cpu()
+    x = sv.run(plan, problem.model, problem.x, noise=seed or 0, progress=not quiet).cpu()
     files: Files = {"samples.npy": lambda path: np.save(path, x.numpy())}
     if figures.is_image(x):
         calls = figures.counted(plan.nfe, "network call")
@@ -268,7 +390,8 @@ def sample(
 @app.command()
 def order(
     method: Annotated[
-        str, typer.Option("--method", "--solver", help=f"Comma-separated, or all: {', '.join(METHODS)}.")
+        str,
+        typer.Option("--method", "--solver", help=f"Comma-separated, or all: {', '.join(METHODS | SDES)}."),
     ] = "all",
     quiet: Quiet = False,
 ) -> None:
@@ -276,13 +399,14 @@ def order(
 
     The error against the exact flow of a mixture of three Gaussians on a line, half log-SNR from -1 to 3, 256 points,
     is measured at 32, 64, 128 and 256 steps, equal ones and ones that repeat an uneven pattern; the order is the last
-    slope. Exit code 1 if one falls short by more than 0.15 (even steps) or 0.3 (uneven).
+    slope. Of a stochastic method the error is the Wasserstein-2 distance of its exact law on Gaussian data of variances
+    0.05, 0.3 and 2. Exit code 1 if one falls short by more than 0.15 (even steps) or 0.3 (uneven).
 
     Example:  `solvers order --method dpm_solver_pp_2m,dpm_solver_pp_3m`
     """
-    from reference import Mixture, even, slopes, trajectory_errors, uneven
+    from reference import Gaussian, Mixture, even, law_errors, slopes, trajectory_errors, uneven
 
-    names = chosen("--method", method, METHODS)
+    names = chosen("--method", method, METHODS | SDES)
     schedule = sv.VP()
     double = partial(torch.tensor, dtype=torch.float64)
     start, stop = schedule.time(double([-1.0, 3.0])).tolist()
@@ -292,6 +416,7 @@ def order(
     draws = torch.Generator().manual_seed(0)
     x0, noise = data.draw(256, draws), torch.randn(256, 1, dtype=torch.float64, generator=draws)
     x = sv.noised(x0, schedule, start, noise)
+    gaussian = Gaussian(double([0.7, -0.4, 1.1]), torch.diag(double([0.05, 0.3, 2.0])))
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
@@ -299,11 +424,14 @@ def order(
         table.add_column(head, justify="right")
     short = []
     for name in track(names, "measuring", console=Console(stderr=True, quiet=quiet), transient=True):
-        promise, cells = METHODS[name], []
+        promise, cells = (METHODS | SDES)[name], []
         for spacing in (even, uneven):
-            measured = trajectory_errors(
-                promise.build, sv.run, data, schedule, x, start, stop, COUNTS, spacing
-            )
+            if name in SDES:
+                measured = law_errors(promise.build, gaussian, schedule, start, stop, COUNTS, spacing)
+            else:
+                measured = trajectory_errors(
+                    promise.build, sv.run, data, schedule, x, start, stop, COUNTS, spacing
+                )
             slope = slopes(measured)[-1].item()
             promised = (promise.uneven_order if spacing is uneven else None) or promise.order
             kept = slope >= promised - TOLERANCES[spacing.__name__]

@@ -1,8 +1,9 @@
 """Comparing solvers on one problem: plans within a budget of calls, the exact answer, errors."""
 
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from typing import Any, NamedTuple
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 import solvers as sv
-from solvers.methods import BUILDS, METHODS
+from solvers.methods import BUILDS, METHODS, SDES
 from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
 
 Grid = Callable[..., Tensor]  # (schedule, steps) -> times
+Build = Callable[[sv.Schedule, Tensor], sv.Plan]
 
 FAST = "dpm_solver_fast"  # takes a budget of calls instead of times, so it stands beside the table of methods
 CERTIFIED = 1e-11  # how well the digits' exact answer is known
@@ -48,7 +50,15 @@ class Answer(NamedTuple):
     name: str
 
 
-def within(name: str, schedule: sv.Schedule, grid: Grid, calls: int) -> sv.Plan | None:
+def analytic(gamma: Callable[[Tensor], Tensor]) -> dict[str, Build]:
+    """Every method by name, those of Analytic-DPM with the data's own gamma."""
+    mine = {"analytic_ddpm": 1.0, "analytic_ddim": 0.0}
+    return BUILDS | {name: partial(sv.analytic_dpm, gamma=gamma, eta=eta) for name, eta in mine.items()}
+
+
+def within(
+    name: str, schedule: sv.Schedule, grid: Grid, calls: int, builds: Mapping[str, Build] = BUILDS
+) -> sv.Plan | None:
     """The plan of most steps that makes at most so many calls; None where one step makes more."""
     if name == FAST:
         if grid is not sv.logsnr:
@@ -56,22 +66,26 @@ def within(name: str, schedule: sv.Schedule, grid: Grid, calls: int) -> sv.Plan 
                 "it stands on a grid of its own, uniform in log-SNR: compare it on --grid logsnr"
             )
         return sv.dpm_solver_fast(schedule, calls)
-    per_step = METHODS[name].calls_per_step if name in METHODS else 1
+    per_step = (METHODS | SDES)[name].calls_per_step if name in METHODS | SDES else 1
     for steps in range(calls // per_step, 0, -1):
-        plan = BUILDS[name](schedule, grid(schedule, steps))
+        plan = builds[name](schedule, grid(schedule, steps))
         if plan.nfe <= calls:
             return plan
     return None
 
 
 def candidates(
-    names: Iterable[str], problem: Problem, grid: Grid, budgets: Iterable[int]
+    names: Iterable[str],
+    problem: Problem,
+    grid: Grid,
+    budgets: Iterable[int],
+    builds: Mapping[str, Build] = BUILDS,
 ) -> tuple[dict[tuple[str, int], sv.Plan], dict[tuple[str, int], str]]:
     """The plans that fit, by (name, calls), and of those that this grid and model do not allow the reasons."""
     plans, reasons = {}, {}
     for name, calls in product(names, budgets):
         try:
-            if plan := within(name, problem.schedule, grid, calls):
+            if plan := within(name, problem.schedule, grid, calls, builds):
                 rows_of(plan, as_model(problem.model))  # refuses what the network cannot read
                 plans[name, calls] = plan
         except ValueError as error:

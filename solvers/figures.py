@@ -58,8 +58,8 @@ def work_precision(records: Sequence[Mapping[str, Any]], key: str, label: str) -
     axes.set_xticks(asked, labels=map(str, asked))
     axes.minorticks_off()
     axes.set_xlim(min(record["nfe"] for record in records) / 1.15, asked[-1] * 1.08)
-    count = counted(some["samples"], "sample")
-    setting = f"{some['model']}, schedule {some['schedule']}, grid {some['grid']}, {count}"
+    setting = f"{some['model']}, schedule {some['schedule']}, grid {some['grid']}"
+    setting += f", {counted(some['samples'], 'sample')}" if some["samples"] else ""
     known = f"{some['reference']} (known to {some['resolution']:.0e})"
     axes.set_title(f"Error against {known}\n{fill(setting, 100)}", loc="left", fontsize=10)
     axes.grid(color="0.9", linewidth=0.8)
@@ -160,8 +160,10 @@ def seen(record: dict[str, Any], key: str) -> str:
     return f"{record[key]:.1e}" if record[key] > known else f"<{known:.0e}"
 
 
-def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list[int], key: str) -> Table:
-    """Rows are solvers, columns numbers of calls; the best of each column is bold."""
+def error_table(
+    records: list[dict[str, Any]], solvers: list[str], budgets: list[int], key: str, label: str
+) -> Table:
+    """Rows are solvers, columns numbers of calls; the best of each column is bold. `label` says what the error is."""
     runs = {(record["solver"], record["calls"]): record for record in records}
     best = {b: min((r[key] for r in records if r["calls"] == b), default=0.0) for b in budgets}
 
@@ -179,10 +181,9 @@ def error_table(records: list[dict[str, Any]], solvers: list[str], budgets: list
         table.add_column(str(budget), justify="right")
     for solver in solvers:
         table.add_row(solver, *(cell(runs.get((solver, budget))) for budget in budgets))
-    over = "median of" if key == "median_error" else "over all"
     some = records[0]
     table.caption = (
-        f"Root-mean-square error, {over} {counted(some['samples'], 'sample')}, against {some['reference']} "
-        f"(known to {some['resolution']:.0e}), on grid {some['grid']}. Bold: best of the column. (n): calls made, where not all fit."
+        f"{label}, against {some['reference']} (known to {some['resolution']:.0e}), on grid {some['grid']}. Bold: best of the "
+        "column. (n): calls made, where not all fit."
     )
     return table

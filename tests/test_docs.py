@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import solvers as sv
-from solvers.methods import METHODS
+from solvers.methods import METHODS, SDES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,19 +41,19 @@ def test_the_table_of_methods_is_what_docstrings_and_plans_say():
     assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run python docs/methods.py"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS | SDES)
 def test_a_docstring_answers_the_four_questions_as_the_plan_does(name):
     """Order; calls per step; ODE; form: of the function, and true of every entry of the table that it makes."""
-    generator, method = loaded(ROOT / "docs/methods.py"), METHODS[name]
+    generator, method = loaded(ROOT / "docs/methods.py"), (METHODS | SDES)[name]
     function, _ = generator.parts(method.build)
     order, calls, kind, form = generator.sentence(function)
     plan = method.build(sv.VP(), sv.logsnr(sv.VP(), 6))
     orders = re.findall(r"\d", order)
     assert order.startswith("Order")
-    assert str(method.order) in orders or " p" in order or "tableau" in order
-    assert kind.startswith("ODE")
-    assert not plan.is_stochastic
-    assert plan.predicts in form
+    assert str(method.order) in orders or " p" in order or "tableau" in order or "the method" in order
+    assert "SDE" in kind if name in SDES else kind.startswith("ODE")
+    assert plan.is_stochastic == (name in SDES)
+    assert plan.predicts in form or form == "the method's form"
     assert "per step" in calls
     if "as many" not in calls and "many as" not in calls:
         assert str(method.calls_per_step) in calls
@@ -62,11 +62,10 @@ def test_a_docstring_answers_the_four_questions_as_the_plan_does(name):
 
 def test_the_examples_of_the_methods_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )
-    exec(example, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["statistics.safetensors"]
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    for example in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(example, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gamma.safetensors", "statistics.safetensors"]
 
 
 def test_ci_runs_the_test_command_of_the_readme():

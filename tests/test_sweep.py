@@ -5,8 +5,10 @@ import torch
 
 import solvers as sv
 from problems import line_model
-from solvers.methods import BUILDS, METHODS
+from solvers.methods import METHODS
+from solvers.methods.unipc import recommended
 
+BUILDS = {"recommended": recommended} | {name: method.build for name, method in METHODS.items()}
 FEW = (*range(1, 13), 20)
 MANY = (50, 100, 999, 1000, 1001)
 EDM = sv.EDM()

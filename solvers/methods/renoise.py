@@ -22,7 +22,7 @@ def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: floa
     """Ancestral steps with any one-step ODE method: from s to a time cleaner than t, then noise up to t.
 
     Order of the method, in law, and also above 2: if the ODE's step is exact, so is the law, whatever the step; as many calls per step
-    as the method's; SDE; form of the method. With rho_down = rho_t sqrt(1 - q^2), q^2 = eta^2 (1 - e^{-2h}); with DDIM it is `ddim`
+    as the method's; SDE; the method's form. With rho_down = rho_t sqrt(1 - q^2), q^2 = eta^2 (1 - e^{-2h}); with DDIM it is `ddim`
     of that eta.
     Source: Katherine Crowson's k-diffusion, get_ancestral_step, as in sample_dpmpp_2s_ancestral.
 
@@ -56,7 +56,7 @@ def churn(
 ) -> Plan:
     """EDM's stochastic sampler with any one-step ODE method: before a step noise is added, up to rho (1 + gamma).
 
-    Order of the method, in law, with noise_scale = 1; as many calls per step as the method's; SDE; form of the method. gamma =
+    Order of the method, in law, with noise_scale = 1; as many calls per step as the method's; SDE; the method's form. gamma =
     min(amount / steps, sqrt(2) - 1) in steps that begin between the times `low` and `high`, else 0. On a Discrete schedule the noisier
     level is the nearest that the network knows.
     Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 2; there amount is S_churn, low S_tmin, high S_tmax, noise_scale S_noise,
@@ -104,7 +104,7 @@ def restart(
 ) -> Plan:
     """Restart sampling with any ODE method: at some times noise is added back and the way down taken again, some times over.
 
-    Order of the method, in law, with noise_scale = 1; calls as the intervals ask; SDE; form of the method. A multistep method begins
+    Order of the method, in law, with noise_scale = 1; calls as the intervals ask; SDE; the method's form. A multistep method begins
     anew after each restart.
     Source: Xu et al. 2023 (arXiv 2306.14878), algorithm 1. Differs: in the released code an interval's steps are one fewer than its
     number of nodes, and noise_scale is 0 unless given.

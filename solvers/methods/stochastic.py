@@ -157,8 +157,8 @@ def sa_solver(
 ) -> Plan:
     """SA-Solver: stochastic Adams, a predictor and, once the model is called at its end, a corrector with the same noise.
 
-    Order 2 in law (1 at order 1 without corrector; with tau = 0 that of Adams-Bashforth-Moulton); 1 call per step; SDE; data form. The
-    last step is not corrected, which would cost a call.
+    Order 2 in law, 1 at order 1 without corrector; 1 call per step; SDE; data form. With tau = 0 it is Adams-Bashforth-Moulton, of order
+    one above the predictor's. The last step is not corrected, which would cost a call.
     Source: Xue et al. 2023 (arXiv 2309.05019), algorithm 1. Differs: weights from moments about the call, where the released code's
     powers of lambda lose digits; each step has the tau of its end, as there.
 
