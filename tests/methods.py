@@ -78,6 +78,14 @@ SCALED = {  # with a linear part other than that of noise and data form: exact o
 SDE = {
     "ddim eta 0.6": partial(sv.ddim, eta=0.6),
     "ddim eta 1": partial(sv.ddim, eta=1.0),
+    "ddpm large": partial(sv.ddpm, variance="large"),
+    "2M SDE": partial(sv.dpm_solver_pp_sde, eta=0.4),
+    "sa_solver": sv.sa_solver,
+    "seeds 3": sv.seeds,
+    "er_sde 2": partial(sv.er_sde, order=2),
+    "ancestral 2S": partial(
+        sv.ancestral, method=partial(sv.dpm_solver_pp, kind="singlestep"), eta=0.3
+    ),  # with rows of noise
     "correlated draws": correlated,
 }
 METHODS = ODE | CLOCKED | SCALED | SDE

@@ -17,10 +17,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import solvers as sv
-from reference import digits
+from reference import digits, law, wasserstein2
 from solvers import __main__, cli, comparison, figures
 from solvers.grids import usual
-from solvers.methods import METHODS, Method
+from solvers.methods import METHODS, SDES, Method
 
 MINE = """
 import torch
@@ -156,6 +156,89 @@ def test_a_plan_makes_the_calls_that_fit(name):
         comparison.within(name, schedule, sv.logsnr, calls).nfe > calls - step - 6 * (calls == 48)
         for calls in (12, 24, 48, 96)
     )
+
+
+@pytest.fixture(scope="module")
+def laws(tmp_path_factory):
+    out = tmp_path_factory.mktemp("laws")
+    names = "ddpm,analytic_ddpm,sa_solver,ancestral_2s,recommended"
+    return call(
+        "compare",
+        "--stochastic",
+        "--solvers",
+        names,
+        "--calls",
+        "5,10",
+        "--seed",
+        2,
+        "--samples",
+        3,
+        "--out",
+        out,
+    ), out
+
+
+def test_the_stochastic_family_is_compared_by_its_exact_law(laws):
+    result, out = laws
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {"digits.png", "errors.png", "records.jsonl"}
+    assert shows_something(out / "digits.png")
+    assert shows_something(out / "errors.png")
+    assert re.search(r"ancestral_2s +\d\.\de-\d\d \(4\) +\d\.\de-\d\d\s", result.output)
+    assert "Wasserstein-2 distance of the sampler's exact law, per element" in result.words
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    runs = {(record["solver"], record["calls"]): record for record in records}
+    data, schedule = digits().moments, sv.VP()
+    times = sv.angle(schedule, 10)
+    gamma = sv.gaussian_gamma(data.variances.clamp(min=1e-12))
+    for name, plan in {
+        "ddpm": sv.ddpm(schedule, times),
+        "analytic_ddpm": sv.analytic_dpm(schedule, times, gamma),
+    }.items():
+        exact = data.marginal(plan.alpha[-1].item(), plan.sigma[-1].item())
+        assert runs[name, 10]["error"] == pytest.approx(wasserstein2(law(plan, data), exact) / 8, rel=1e-9)
+    assert runs["analytic_ddpm", 10]["error"] < runs["ddpm", 10]["error"]
+
+
+def test_stochastic_solvers_without_their_option_or_with_a_model_are_refused(mine):
+    result = call("compare", "--solvers", "ddim,ddpm")
+    assert result.exit_code == 2
+    assert (
+        "ddpm is stochastic: no run of it has an exact answer; compare the laws with --stochastic"
+        in result.words
+    )
+    result = call("compare", "--stochastic", "--model", "my_model:load")
+    assert result.exit_code == 2
+    assert "the law of a sampler is known on Gaussian data alone" in result.words
+
+
+def test_sample_draws_the_noise_of_a_stochastic_solver_from_the_seed(tmp_path):
+    for seed in (3, 4):
+        assert (
+            call(
+                "sample",
+                "--solver",
+                "sa_solver",
+                "--steps",
+                6,
+                "--samples",
+                2,
+                "--seed",
+                seed,
+                "--out",
+                tmp_path / str(seed),
+            ).exit_code
+            == 0
+        )
+    schedule = sv.VP()
+    x = sv.noise.per_sample(3, range(2)).initial(1, 8, 8, dtype=torch.float64)
+    plan = sv.sa_solver(schedule, sv.angle(schedule, 6))
+    expected = sv.run(
+        plan, digits().model(schedule), schedule.sigma(torch.tensor(1.0, dtype=torch.float64)) * x, noise=3
+    )
+    drawn = [np.load(tmp_path / str(seed) / "samples.npy") for seed in (3, 4)]
+    assert np.array_equal(drawn[0], expected.numpy())
+    assert not np.allclose(drawn[0], drawn[1])
 
 
 def test_compare_takes_the_users_model(mine):
@@ -348,12 +431,14 @@ def test_order_measures_what_is_declared():
 
 def test_order_refuses_a_wrong_declaration(monkeypatch):
     monkeypatch.setattr(cli, "METHODS", {"boast": Method(METHODS["ddim"].build, 2, 1)})
+    monkeypatch.setattr(cli, "SDES", {"brag": Method(SDES["ddpm"].build, 2, 1)})
     result = call("order", "--quiet")
     assert result.exit_code == 1
+    assert re.search(r"brag +1 +2 +(0\.9\d|1\.0\d) +(0\.9\d|1\.0\d)", result.output)
     assert re.search(r"boast +1 +2 +(0\.99|1\.00) +(0\.99|1\.00)", result.output)
     assert (
         result.stderr
-        == "solvers: the measured order falls short of the declared one: boast (even), boast (uneven)\n"
+        == "solvers: the measured order falls short of the declared one: boast (even), boast (uneven), brag (even), brag (uneven)\n"
     )
 
 
