@@ -65,10 +65,29 @@ class WorkPrecision:
     benchmark: str = "work_precision"
 
 
-KINDS = {"step": Step, "work_precision": WorkPrecision}
+@dataclass(frozen=True)
+class Law:
+    """How far the law of a sampler's output is from the exact marginal at the end of its grid."""
+
+    method: str
+    problem: str
+    grid: str
+    calls: int  # asked for
+    nfe: int  # made
+    kl: float | None  # KL(exact || sampler's) in nats; None where the law is known by samples alone
+    distance: float  # Wasserstein-2 per element, or by samples sliced Wasserstein-2
+    floor: float  # what two sets of exact samples have between them; 0 for an exact law
+    samples: int
+    seed: int
+    versions: dict[str, str] = field(default_factory=versions)
+    benchmark: str = "law"
 
 
-def write(path: Path, records: Iterable[Step | WorkPrecision]) -> None:
+Record = Step | WorkPrecision | Law
+KINDS = {"step": Step, "work_precision": WorkPrecision, "law": Law}
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
     """One line a record, each on disk as soon as it is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _open(path, "wt") as file:
@@ -76,7 +95,7 @@ def write(path: Path, records: Iterable[Step | WorkPrecision]) -> None:
             print(json.dumps(asdict(record), allow_nan=False), file=file, flush=True)
 
 
-def read(path: Path) -> list[Step | WorkPrecision]:
+def read(path: Path) -> list[Record]:
     """The records of a file; a missing or unknown field is an error."""
     with _open(path, "rt") as file:
         return [KINDS[row["benchmark"]](**row) for row in map(json.loads, file)]

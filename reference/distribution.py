@@ -71,6 +71,13 @@ class Distribution(ABC):
             )
         return density.to(x)
 
+    def noise_square(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        """E[eps^2|x], element by element, [B, *shape]: the square of E[eps|x] and Cov(eps|x) = alpha dE[x0|x]/dx on the diagonal."""
+        u, alpha, sigma = self._flat(x, alpha, sigma)
+        noise, _ = self._posterior(u, alpha, sigma)
+        square = noise**2 + alpha * self._jacobian(u, alpha, sigma).diagonal(dim1=1, dim2=2)
+        return square.to(x).reshape(x.shape)
+
     def jacobian(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
         """dE[x0|x]/dx = alpha Cov(x0|x) / sigma^2, [B, d, d]."""
         return self._jacobian(*self._flat(x, alpha, sigma)).to(x)

@@ -13,6 +13,7 @@ from reference.distribution import Distribution, eigen, integrate, levels, ratio
 from reference.gaussian import Gaussian
 
 if TYPE_CHECKING:
+    from reference.distribution import Level
     from solvers.schedules import Schedule
 
 
@@ -98,6 +99,14 @@ class Mixture(Distribution):
         noise = sigma * torch.einsum("bkj,kij->bi", weighted, self.bases)
         shift = alpha * torch.einsum("bkj,kij->bi", self.variances * weighted, self.bases)
         return noise, share @ self.means.flatten(1) + shift
+
+    def noise_square(self, x: Tensor, alpha: Level, sigma: Level) -> Tensor:
+        """E[eps^2|x], element by element, [B, *shape], without the Jacobian: of each component and then their mean."""
+        flat, alpha, sigma = self._flat(x, alpha, sigma)
+        p, u, log = self._components(flat, alpha, sigma)
+        noise = sigma[..., None] * torch.einsum("bkj,kij->bki", u, self.bases)
+        own = 1 - sigma[..., None] ** 2 * torch.einsum("bkj,kij->bki", 1 / p, self.bases**2)
+        return torch.einsum("bk,bki->bi", log.softmax(-1), noise**2 + own).to(x).reshape(x.shape)
 
     def _log_density(self, x, alpha, sigma):
         return self._components(x, alpha, sigma)[2].logsumexp(-1)

@@ -51,7 +51,8 @@ def ddpm(schedule: Schedule, times: Tensor, variance: str = "small") -> Plan:
     large = torch.where(levels.sigma[1:] == 0, 0.0, large)
     if variance == "large":
         return replace(plan, c=torch.sqrt(large)[:, None])
-    return replace(plan, c=plan.c[:, :0], variances=torch.stack([plan.c[:, 0] ** 2, large, large], 1))
+    cap = torch.where(large > 0, math.inf, 0.0)
+    return replace(plan, c=plan.c[:, :0], variances=torch.stack([plan.c[:, 0] ** 2, large, cap], 1))
 
 
 def euler_maruyama(schedule: Schedule, times: Tensor, eta: float = 1.0) -> Plan:
@@ -113,7 +114,8 @@ def dpm_solver_pp_sde(
     Order 1 in law at order 1, else 2 (with eta = 0 that of `dpm_solver_pp`); 1 call per step; SDE; data form. With eta = 0 it is
     `dpm_solver_pp`; with eta = 1 and order 1 the DDPM posterior step.
     Source: Lu et al. 2022 (arXiv 2211.01095), section 6, and k-diffusion's sample_dpmpp_2m_sde ("midpoint"), _3m_sde, whose eta
-    it is. Differs: the third order there has half the second difference, in diffusers a wrong sign too; here it is exact.
+    it is. Differs: the third order there has half the second difference, in diffusers a wrong constant; here it is exact, with
+    "midpoint" in its second step too (`sa_solver` with order=3, corrector=0, tau=eta^0.5 has all of k-diffusion's, put right).
 
     Args:
         schedule: noise schedule.
@@ -232,7 +234,7 @@ def er_sde(
     Order 1 in law at order 1, else 2; 1 call per step; SDE; data form. Its stochasticity is 1 + tau^2 = d log phi / d log rho: rho is
     the ODE, rho^2 the reverse SDE.
     Source: Cui et al. 2023 (arXiv 2309.06169), algorithms 1 to 3 and eq. 12. Differs: the released third order lacks a term of its
-    first difference and integrates by a sum of 100 terms; here both are exact.
+    first difference, integrates by a sum of 100 terms and drops variances below 1e-6; here all are exact.
 
     Args:
         schedule: noise schedule.
