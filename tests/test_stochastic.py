@@ -258,3 +258,84 @@ def test_ancestral_steps_below_the_schedules_noise_are_refused():
     ve = sv.VE()
     with pytest.raises(ValueError, match="beyond the schedule's: take more steps or a smaller eta"):
         sv.ancestral(ve, sv.logsnr(ve, 1, stop=0.3))
+
+
+# Runs
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_runs_have_the_law_of_the_table(name):
+    """Mean and variance of each element over 2e4 samples, within 4.5 standard errors; noise 2 % off would show."""
+    plan = SDES[name].build(VP, sv.logsnr(VP, 4))
+    start = DATA.marginal(plan.alpha[0].item(), plan.sigma[0].item())
+    draws = torch.Generator().manual_seed(3)
+    x = sv.run(plan, DATA.model(VP), start.draw(20_000, draws), noise=draws)
+    exact = law(plan, DATA)
+    variance = exact.cov.diagonal()
+    assert ((x.mean(0) - exact.mean).abs() < 4.5 * (variance / len(x)).sqrt()).all()
+    assert ((x.var(0) / variance - 1).abs() < 4.5 * (2 / len(x)) ** 0.5).all()
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_a_sample_is_the_same_in_any_batch_and_no_global_generator_is_touched(name):
+    plan = SDES[name].build(VP, sv.logsnr(VP, 5))
+    x = torch.randn(64, 3, 2, generator=torch.Generator().manual_seed(1))
+    before = torch.get_rng_state()
+
+    def model(x, t):
+        return torch.tanh(x)
+
+    whole = sv.run(plan, model, x, noise=5)
+    for size in (1, 2, 7):
+        parts = [
+            sv.run(plan, model, x[i : i + size], sv.noise.per_sample(5, range(i, min(i + size, 64))))
+            for i in range(0, 64, size)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(whole, sv.run(plan, model, x, noise=6))
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_a_stochastic_plan_without_noise_says_what_to_write(name):
+    with pytest.raises(ValueError, match=r"needs noise: run\(plan, model, x, noise=0\)"):
+        sv.run(SDES[name].build(VP, sv.logsnr(VP, 3)), lambda x, t: x, torch.zeros(2, 3))
+
+
+BAD = {
+    "eta below 0": (lambda t: sv.dpm_solver_pp_sde(VP, t, eta=-0.1), "eta = -0.1"),
+    "eta infinite": (lambda t: sv.seeds(VP, t, eta=float("inf")), "eta = inf"),
+    "eta not a number": (lambda t: sv.dpm_solver_sde(VP, t, eta=float("nan")), "eta = nan"),
+    "eta above 1": (lambda t: sv.ancestral(VP, t, eta=1.1), "eta = 1.1"),
+    "order": (lambda t: sv.dpm_solver_pp_sde(VP, t, order=4), "order = 4"),
+    "order of seeds": (lambda t: sv.seeds(VP, t, order=0), "order = 0"),
+    "corrector of one": (lambda t: sv.sa_solver(VP, t, corrector=1), "corrector = 1"),
+    "tau below 0": (lambda t: sv.sa_solver(VP, t, tau=-1.0), "tau = "),
+    "tau of a wrong shape": (lambda t: sv.sa_solver(VP, t, tau=lambda t: t[:2]), "for each of the 5 steps"),
+    "variance": (lambda t: sv.ddpm(VP, t, variance="fixed_small"), "did you mean 'small'"),
+    "final": (lambda t: sv.er_sde(VP, t, final="none"), "final = 'none'"),
+    "noise scale that falls": (
+        lambda t: sv.er_sde(VP, t, noise_scale=lambda rho: rho**0.5),
+        "more slowly than rho",
+    ),
+    "noise scale that is no number": (
+        lambda t: sv.er_sde(VP, t, noise_scale=lambda rho: rho * float("nan")),
+        "noise_scale",
+    ),
+    "no alpha": (lambda t: sv.euler_maruyama(sv.Flow(), sv.uniform(sv.Flow(), 3)), "alpha = 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options_are_refused_by_name_and_value(name):
+    act, words = BAD[name]
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011
+        act(sv.logsnr(VP, 5))
+    assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_there_is_no_noise_to_add_from_data_to_noise(name):
+    back = sv.Inversion(VP)
+    with pytest.raises(ValueError, match="from data to noise"):
+        SDES[name].build(back, sv.logsnr(back, 4))

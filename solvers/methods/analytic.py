@@ -13,7 +13,7 @@ from tqdm import tqdm
 from solvers.arguments import choice, number, numbers, whole
 from solvers.files import load_tensors, save_tensors
 from solvers.grids import given
-from solvers.methods.exponential import Levels
+from solvers.methods.exponential import Levels, refuse_upwards
 from solvers.methods.multistep import first_order_step
 from solvers.methods.stochastic import ddpm
 from solvers.noise import Noise, as_source, noised
@@ -308,10 +308,7 @@ def _bounded(
             f"below it, e.g. start={levels.times[0] * 0.999:g}"
         )
     a, weight, deviation = first_order_step(levels, eta)
-    if (levels.half_logsnr.diff() < 0).any():
-        raise ValueError(
-            "from data to noise there is no reverse variance: encode with an ODE method, e.g. ddim"
-        )
+    refuse_upwards(levels)
     cap = torch.full_like(a, math.inf)
     silent = (levels.sigma[1:] == 0) & (last == "mean")
     cap[silent] = 0.0

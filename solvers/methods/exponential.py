@@ -254,6 +254,14 @@ def noise_weight(form: Form, s: Levels, t: Levels) -> Tensor:
     return t.sigma * torch.sqrt(torch.where(h.isfinite(), square, 0.0))
 
 
+def refuse_upwards(levels: Levels) -> None:
+    """Methods that add noise go from noise to data."""
+    if (levels.half_logsnr.diff() < 0).any():
+        raise ValueError(
+            "the times go from data to noise, where a stochastic method has no noise to add: encode with an ODE method, e.g. ddim"
+        )
+
+
 def refuse_no_data(name: str, levels: Levels) -> None:
     """Methods that divide by steps of sigma / alpha reach no alpha = 0, at either end."""
     if (levels.alpha == 0).any():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solvers.arguments import number, whole
 from solvers.grids import given, has_levels, karras
-from solvers.methods.exponential import Levels
+from solvers.methods.exponential import Levels, refuse_upwards
 from solvers.methods.singlestep import heun
 from solvers.plan import Plan, joined
 from solvers.schedules import Schedule
@@ -159,10 +159,7 @@ def _checked(name: str, schedule: Schedule, times: Tensor, method: Build) -> Lev
         raise TypeError(f"method = {method!r:.100}: expected (schedule, times) -> Plan, e.g. method=sv.heun")
     times = given(schedule, times)
     levels = Levels.of(schedule, times)
-    if (levels.half_logsnr.diff() < 0).any():
-        raise ValueError(
-            f"{name}: from data to noise there is no noise to add; encode with an ODE method, e.g. ddim"
-        )
+    refuse_upwards(levels)
     some = times[: TRIED + 1]
     whole_way = method(schedule, some)
     alone = [method(schedule, some[i : i + 2]) for i in range(len(some) - 1)]

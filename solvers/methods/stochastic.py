@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, number, numbers, whole
-from solvers.methods.exponential import Clock, Form, Levels, elapsed, noise_weight
+from solvers.methods.exponential import Clock, Form, Levels, elapsed, noise_weight, refuse_upwards
 from solvers.methods.multistep import (
     FINALS,
     MAX_ORDER,
@@ -69,7 +69,7 @@ def euler_maruyama(schedule: Schedule, times: Tensor, eta: float = 1.0) -> Plan:
     """
     stochasticity("eta", eta)
     levels = Levels.of(schedule, times)
-    _from_noise_to_data("euler_maruyama", levels)
+    refuse_upwards(levels)
     s, dt = levels[:-1], levels.times.diff()
     if (s.alpha == 0).any():
         raise ValueError(
@@ -98,7 +98,7 @@ def reverse_diffusion(schedule: Schedule, times: Tensor) -> Plan:
         times: [steps + 1].
     """
     levels = Levels.of(schedule, times)
-    _from_noise_to_data("reverse_diffusion", levels)
+    refuse_upwards(levels)
     s, t = levels[:-1], levels[1:]
     g2 = s.sigma**2 * -torch.expm1(-2 * (t.half_logsnr - s.half_logsnr))
     c = torch.where(t.sigma == 0, 0.0, torch.sqrt(g2))[:, None]
@@ -213,7 +213,7 @@ def seeds(schedule: Schedule, times: Tensor, order: int = 3, eta: float = 1.0) -
     tableau = (euler, dpm_solver_2(1 / 2), third_order(1 / 3, 2 / 3))[order - 1]
     form = Form("data", clock=constant(eta))
     levels = Levels.of(schedule, times, form.clock)
-    _from_noise_to_data("seeds", levels)
+    refuse_upwards(levels)
     return runge_kutta(schedule, levels, tableau, form)
 
 
@@ -250,6 +250,7 @@ def er_sde(
         return -lam - torch.log(noise_scale(torch.exp(-lam)))
 
     levels = Levels.of(schedule, times, clock)
+    refuse_upwards(levels)
     s, t = levels[:-1], levels[1:]
     passed = elapsed(s, t)
     rounding = 1e-12 * s.half_logsnr.abs().clamp(1, FAR)
@@ -288,16 +289,10 @@ def _by_step(levels: Levels, eta: Tensor) -> Tensor:
     return clock
 
 
-def _from_noise_to_data(name: str, levels: Levels) -> None:
-    if (levels.half_logsnr.diff() < 0).any():
-        raise ValueError(
-            f"{name}: from data to noise there is no noise to add; encode with an ODE method, e.g. ddim"
-        )
-
-
 def _adams_sde(schedule: Schedule, levels: Levels, form: Form, order: int, final: str, variant: str) -> Plan:
     """Adams rows and the noise of each step, begun by orders 1, 2, ..."""
-    _from_noise_to_data(f"a stochastic method of order {order}", levels)
+    if form.clock:
+        refuse_upwards(levels)
     orders = orders_of_steps(levels, form, order, choice("final", final, FINALS))
     a, b = adams_rows(schedule, form, levels, orders, variant)
     c = noise_weight(form, levels[:-1], levels[1:])[:, None] if form.clock else a.new_zeros(0)
