@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-from records import Step, WorkPrecision, read
+from records import Law, Record, Step, WorkPrecision, read
 
 COLOURS = (
     "#0072b2",
@@ -48,7 +48,7 @@ USUAL = ("dpm_solver_pp_2m", "logsnr")  # what most people run, the last row of 
 Lines = dict[str, list[WorkPrecision]]
 
 
-def unique(records: Sequence[Step | WorkPrecision], name: str) -> list[str]:
+def unique(records: Sequence[Record], name: str) -> list[str]:
     """The values of one field in the order in which they come."""
     return list(dict.fromkeys(getattr(r, name) for r in records))
 
@@ -199,7 +199,7 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows))
 
 
-def _made_by(records: Sequence[Step | WorkPrecision]) -> str:
+def _made_by(records: Sequence[Record]) -> str:
     """One line of what made the records."""
     made = {", ".join(f"{name} {value}" for name, value in r.versions.items()) for r in records}
     return f"{len(records)} records; " + "; ".join(sorted(made)) + "."
@@ -271,6 +271,117 @@ def ratio_table(records: Sequence[WorkPrecision], shown: int = 24) -> str:
     return "\n\n".join(parts)
 
 
+MEASURES = {"KL(exact || sampler's), nats": "kl", "Wasserstein-2, per element": "distance"}
+SMALLEST = 1e-8  # of a distance, and its square of a divergence: the root of rounding
+CHOSEN = (
+    "ddpm", "ddpm_large", "analytic_ddpm", "analytic_ddpm, optimal trajectory", "analytic_ddim", "dpm_solver_pp_sde_2m",
+    "sa_solver", "er_sde_3", "seeds_2", "recommended",
+)  # of the figures; the tables have all  # fmt: skip
+
+
+def draw_laws(records: Sequence[Law], grid: str) -> Figure:
+    """Divergence and distance of exact laws against calls: a column a problem."""
+    records = [r for r in records if r.grid == grid and r.kl is not None and r.method in CHOSEN]
+    problems = unique(records, "problem")
+    figure, axes = plt.subplots(
+        2, len(problems), figsize=(3.4 * len(problems) + 2.2, 6.2), sharex=True, sharey="row", squeeze=False, layout="constrained"
+    )  # fmt: skip
+    styles = _styles(unique(records, "method"))
+    for (i, (label, key)), (j, problem) in product(enumerate(MEASURES.items()), enumerate(problems)):
+        panel = axes[i, j]
+        for name, style in styles.items():
+            line = [r for r in records if (r.method, r.problem) == (name, problem)]
+            points = [(r.nfe, getattr(r, key)) for r in line if getattr(r, key) > SMALLEST ** (2 - i)]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=name, **style)
+        panel.set(xscale="log", yscale="log", title=problem if i == 0 else "")
+        panel.grid(True)
+        if i:
+            panel.set_xlabel("model calls")
+        if j == 0:
+            panel.set_ylabel(label)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside right center", frameon=False, title=f"grid {grid}", alignment="left"
+    )
+    return figure
+
+
+def draw_samples(records: Sequence[Law]) -> Figure:
+    """Sliced distance of samples against calls, and what exact samples have between them: a panel a grid."""
+    records = [r for r in records if r.kl is None]
+    grids = unique(records, "grid")
+    figure, axes = plt.subplots(
+        1, len(grids), figsize=(3.8 * len(grids) + 2.0, 3.8), sharey=True, squeeze=False, layout="constrained"
+    )
+    styles = _styles(unique(records, "method"))
+    for panel, grid in zip(axes[0], grids, strict=True):
+        for name, style in styles.items():
+            line = [r for r in records if (r.method, r.grid) == (name, grid)]
+            panel.plot([r.nfe for r in line], [r.distance for r in line], label=name, **style)
+        panel.axhline(records[0].floor, color="0.4", linestyle=":", label="exact samples")
+        panel.set(
+            xscale="log", yscale="log", title=f"{records[0].problem}, grid {grid}", xlabel="model calls"
+        )
+        panel.grid(True)
+    axes[0, 0].set_ylabel("sliced Wasserstein-2")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    return figure
+
+
+def _styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """A colour and a dash for each name."""
+    dashes = ["-"] * len(COLOURS) + ["--"] * len(COLOURS)
+    return {
+        name: {"color": colour, "linestyle": dash, "marker": "."}
+        for name, colour, dash in zip(names, cycle(COLOURS), dashes, strict=False)
+    }
+
+
+def law_table(records: Sequence[Law]) -> str:
+    """KL and Wasserstein-2 of exact laws by calls: a table for each problem and grid."""
+    records = [r for r in records if r.kl is not None]
+    columns = sorted({r.calls for r in records})
+    parts = [_made_by(records)]
+    for problem, grid in product(unique(records, "problem"), unique(records, "grid")):
+        rows: dict[str, dict[int, str]] = {}
+        for r in records:
+            if (r.problem, r.grid) == (problem, grid) and r.kl is not None:
+                rows.setdefault(r.method, {})[r.calls] = (
+                    f"{r.kl:.1e}, {r.distance:.1e}" if r.distance > SMALLEST else "exact"
+                )
+        heads = [f"{problem}, `{grid}`: KL, W2", *(f"{n} calls" for n in columns)]
+        parts.append(
+            _markdown(heads, [[name, *(row.get(n, "") for n in columns)] for name, row in rows.items()])
+        )
+    return "\n\n".join(parts)
+
+
+def sample_table(records: Sequence[Law]) -> str:
+    """Sliced distances by calls, less what exact samples have between them: sqrt(max(d^2 - floor^2, 0))."""
+    records = [r for r in records if r.kl is None]
+    columns = sorted({r.calls for r in records})
+    some = records[0]
+    parts = [
+        _made_by(records),
+        f"{some.samples} samples; exact ones have {some.floor:.1e} between them, which is taken off (of the squares).",
+    ]
+    for grid in unique(records, "grid"):
+        rows: dict[str, dict[int, str]] = {}
+        for r in records:
+            if r.grid == grid:
+                excess = max(r.distance**2 - r.floor**2, 0.0) ** 0.5
+                rows.setdefault(r.method, {})[r.calls] = (
+                    f"{excess:.1e}" if excess > r.floor / 2 else f"< {r.floor / 2:.0e}"
+                )
+        heads = [f"{some.problem}, `{grid}`", *(f"{n} calls" for n in columns)]
+        parts.append(
+            _markdown(heads, [[name, *(row.get(n, "") for n in columns)] for name, row in rows.items()])
+        )
+    return "\n\n".join(parts)
+
+
 def insert(text: str, name: str, table: str) -> str:
     """The text with what stands between the comments `begin name` and `end name` replaced."""
     begin, end = f"<!-- draw.py: begin {name} -->", f"<!-- draw.py: end {name} -->"
@@ -284,7 +395,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("records", type=Path, nargs="+", help="JSONL files of step.py and work_precision.py")
+    parser.add_argument(
+        "records", type=Path, nargs="+", help="JSONL files of step.py, work_precision.py and stochastic.py"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for figures and tables")
     parser.add_argument(
         "--into",
@@ -299,6 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     records = [record for path in given.records for record in read(path)]
     steps = [r for r in records if isinstance(r, Step)]
     runs = [r for r in records if isinstance(r, WorkPrecision)]
+    laws = [r for r in records if isinstance(r, Law)]
     figures, tables = {}, {}
     with plt.rc_context(STYLE):
         if steps:
@@ -309,6 +423,12 @@ def main(argv: list[str] | None = None) -> None:
                 figures[f"work_precision_{schedule.lower()}"] = draw_methods(runs, schedule)
             figures["grids"], tables["work_precision"] = draw_grids(runs), error_table(runs, given.columns)
             tables["ratios"] = ratio_table(runs)
+        if exact := [r for r in laws if r.kl is not None]:
+            tables["laws"] = law_table(exact)
+            for grid in unique(exact, "grid"):
+                figures[f"laws_{grid}"] = draw_laws(exact, grid)
+        if by_samples := [r for r in laws if r.kl is None]:
+            figures["samples"], tables["samples"] = draw_samples(by_samples), sample_table(by_samples)
         given.out.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(given.out / f"{name}.png")

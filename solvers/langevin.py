@@ -9,8 +9,9 @@ from tqdm import tqdm
 from solvers.arguments import positive, whole
 from solvers.noise import Noise, as_source
 from solvers.plan import Plan
-from solvers.predictions import AnyModel
-from solvers.run import State, run
+from solvers.predictions import AnyModel, as_model
+from solvers.rows import rows_of
+from solvers.run import State, drawn, execute, started
 
 
 def predictor_corrector(
@@ -46,6 +47,10 @@ def predictor_corrector(
     Raises:
         ValueError: the plan's rows read earlier calls, or the model's prediction does not determine the score.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan is {type(plan).__name__}: expected a Plan, e.g. reverse_diffusion(schedule, times)"
+        )
     positive(snr=snr)
     whole("corrections", corrections, 0, 10**6)
     if plan.window > 1 or plan.c.shape[1] > 1 or not plan.is_called.all():
@@ -53,28 +58,51 @@ def predictor_corrector(
             "the plan's rows read earlier calls, which a correction makes worthless: expected a one-call method, e.g. "
             "reverse_diffusion, ddpm, ddim"
         )
-    source, per_row = as_source(noise, len(x)), 1 + corrections
-    x, dtype = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32), x.dtype
-    for i in tqdm(range(plan.rows), disable=not progress, unit="row"):
-        row, sigma = plan[i : i + 1], float(plan.sigma[i])
-        length = 2 * float(plan.alpha[i] / plan.alpha[i + 1]) ** 2 * snr**2
-        for k in range(corrections):
-            score = run(_noise_of(row), model, State(x, input_dtype=dtype)) / -sigma
-            z = source(per_row * i + 1 + k, score)
-            step = length * (_norm(z) / _norm(score)) ** 2
-            step = torch.where(step.isfinite(), step, 0.0)  # where the score is 0 there is no length to go by
-            x = x + step * score + torch.sqrt(2 * step) * z
-        if denoise and i == plan.rows - 1:
-            row = replace(row, c=row.c[:, :0], variances=row.a[:0], consistent=False)
-        x = run(row, model, State(x, input_dtype=dtype), lambda draw, like, i=i: source(per_row * i, like))
+    model, state, source, per_row = as_model(model), started(x), as_source(noise, len(x)), 1 + corrections
+    if denoise:
+        plan = _without_last_noise(plan)
+    rows, probe = rows_of(plan, model, state.x), _noise_of(plan)
+    probes = rows_of(probe, model, state.x)
+    lengths = (2 * (snr * plan.alpha[:-1] / plan.alpha[1:]) ** 2).tolist()
+    x, sigma = state.x, plan.sigma.tolist()
+
+    def numbered(draw: int, like: Tensor) -> Tensor:
+        return source(per_row * draw, like)
+
+    with torch.no_grad():
+        for i in tqdm(range(plan.rows), disable=not progress, unit="row"):
+            for k in range(corrections):
+                there = State(x.clone(), i, input_dtype=state.input_dtype)
+                score = execute(probe, model, there, None, probes, i + 1) / -sigma[i]
+                z = drawn(source, per_row * i + 1 + k, score)
+                step = lengths[i] * (_norm(z) / _norm(score)) ** 2
+                step = torch.where(
+                    step.isfinite(), step, 0.0
+                )  # where the score is 0 there is no length to go by
+                x = x + step * score + torch.sqrt(2 * step) * z
+            here = State(x, i, input_dtype=state.input_dtype)
+            x = execute(plan, model, here, numbered if plan.is_stochastic else None, rows, i + 1)
     return x
 
 
-def _noise_of(row: Plan) -> Plan:
-    """A row that leaves the noise prediction itself in the place of x."""
-    zero, one = torch.zeros_like(row.a), torch.ones_like(row.b)
+def _without_last_noise(plan: Plan) -> Plan:
+    c, variances = plan.c.clone(), plan.variances.clone()
+    c[-1:], variances[-1:] = 0.0, 0.0
+    return replace(plan, c=c, variances=variances, consistent=False)
+
+
+def _noise_of(plan: Plan) -> Plan:
+    """A plan whose rows leave the noise prediction itself in the place of x."""
+    zero, one = torch.zeros_like(plan.a), torch.ones_like(plan.b)
     return replace(
-        row, a=zero, b=one, c=row.c[:, :0], predicts="noise", scale=1.0, variances=zero[:0], consistent=False
+        plan,
+        a=zero,
+        b=one,
+        c=plan.c[:, :0],
+        predicts="noise",
+        scale=1.0,
+        variances=zero[:0],
+        consistent=False,
     )
 
 

@@ -16,6 +16,7 @@ Source = Callable[[int, Tensor], Tensor]
 Noise = Source | torch.Generator | int  # what a user may give
 STEPS, START, PATH = 0, 1, 2  # independent streams of one sample
 RESOLUTION = 2.0**-16  # down to which a Brownian path is halved
+FARTHEST = 300.0  # T whose e^{2T} is still a number
 LEAST_STEP = 2.0**-14  # of its clock: below it the path's last halves would be seen
 
 
@@ -94,6 +95,11 @@ class Brownian:
         self.source = per_sample(seed, ids)
         self.seed, self.ids = self.source.seed, self.source.ids
         self.clock = numbers("clock", clock)
+        far = self.clock.isfinite() & (self.clock.abs() > FARTHEST)
+        if far.any():
+            raise ValueError(
+                f"clock has T = {self.clock[far][0]:g}: expected -{FARTHEST:g} to {FARTHEST:g}, or infinite ends"
+            )
         if self.clock.ndim != 1 or len(self.clock) < 2 or not (self.clock.diff() > 0).all():
             raise ValueError(
                 f"clock = {self.clock!s:.200}: expected T at the times of the plan, [N+1], increasing, e.g. clock=plan.half_logsnr for the "
@@ -124,9 +130,9 @@ class Brownian:
         """S = sqrt(1 + u) B at T: the bridge is halved, from its nearer end, down to 2^-16 of the distance from there."""
         half, place = int(clock > 0), 1 / (1 + math.exp(2 * abs(clock)))  # v or 1 - v
         if place == 0:
-            return torch.zeros(len(self.ids), *shape, dtype=torch.float64)
+            return torch.zeros(len(self.ids), *shape, dtype=torch.float64, device="cpu")
         low, high, level, index = 0.0, 0.5, 0, 0
-        at_low, at_high = torch.zeros(()), 0.5 * self._normals(0, 1, 0, shape)
+        at_low, at_high = torch.zeros((), device="cpu"), 0.5 * self._normals(0, 1, 0, shape)
         while low == 0 or high - low > low * RESOLUTION:
             middle = (low + high) / 2
             spread = math.sqrt(high - low) / 2
@@ -198,8 +204,8 @@ def as_source(noise: Noise, batch: int) -> Source:
         ).to(like.device)
     if callable(noise):
         return noise
-    if isinstance(noise, Tensor):
+    if noise is None or isinstance(noise, Tensor):
         raise TypeError(
-            "noise is a Tensor: expected an int seed, a torch.Generator, or a function (draw, like) -> normals"
+            f"noise is {type(noise).__name__}: expected an int seed, a torch.Generator, or a function (draw, like) -> normals"
         )
     return per_sample(noise, range(batch))

@@ -7,6 +7,7 @@ prediction follows from any other and x by solving two equations.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Model:
     Prompts and class labels are bound into the callable. x is the sampler's own buffer: a net that keeps it must clone it.
 
     Attributes:
-        net: (x [B, ...], label [B]) -> prediction [B, ...].
+        net: (x [B, ...], label [B]) -> prediction [B, ...], and with `variance` a second output beside it.
         predicts: "noise" eps | "data" x_0 | "velocity" alpha eps - sigma x_0 | "score" -eps / sigma |
             "flow" dx/dt | "edm" the raw F of EDM, which is given x / sqrt(sigma^2 + sigma_data^2 alpha^2). EDM's
             preconditioned denoiser D(x; sigma) is "data".
@@ -50,7 +51,7 @@ class Model:
         ValueError: predicts or variance is not one of those.
     """
 
-    net: Callable[[Tensor, Tensor], Tensor]
+    net: Callable[[Tensor, Tensor], Any]
     predicts: str = "noise"
     label: Callable[[Tensor], Tensor] | None = None
     schedule: Schedule | None = None
@@ -220,9 +221,12 @@ def centred(model: AnyModel, mean: Tensor) -> Model:
         )
     moved = 1.0 if model.predicts == "data" else 0.0
 
-    def net(x: Tensor, label: Tensor) -> Tensor:
+    def net(x: Tensor, label: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         m = model.net(x + mean.to(x), label)
-        return m - moved * mean.to(m) if isinstance(m, Tensor) else m
+        if model.variance is None:
+            return m - moved * mean.to(m)
+        m, second = two_outputs(m, x, "the model of x - mean")
+        return m - moved * mean.to(m), second
 
     return replace(model, net=net)
 

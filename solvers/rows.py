@@ -138,6 +138,13 @@ def _variances(plan: Plan, model: Model, have: tuple[Tensor, Tensor]) -> list[Va
             "the plan leaves the variance of its noise to the model's second output: say what that is, Model(net, variance='range' | "
             "'square' | 'residual')"
         )
+    if model.variance == "range" and bool(
+        (empty := (plan.variances[:, 0] == 0) & (plan.variances[:, 1] > 0)).any()
+    ):
+        raise ValueError(
+            f"the plan's least variance is 0 in row {int(empty.nonzero()[0])}, whose logarithm no range has: take a plan with noise of its "
+            "own (eta above 0), or variance='square' | 'residual'"
+        )
     alpha, sigma = plan.alpha[:-1], plan.sigma[:-1]
     weights = conversion(have, (torch.zeros_like(alpha), torch.ones_like(alpha)), alpha, sigma)
     return [
@@ -146,9 +153,8 @@ def _variances(plan: Plan, model: Model, have: tuple[Tensor, Tensor]) -> list[Va
     ]
 
 
-def deviation_of(row: Variance, kind: str | None, x: Tensor, m: Tensor, second: Tensor | None) -> Tensor:
+def deviation_of(row: Variance, kind: str | None, x: Tensor, m: Tensor, second: Tensor) -> Tensor:
     """The standard deviation of the row's noise, element by element, as `Model.variance` says."""
-    assert second is not None
     if kind == "range":
         share = (second + 1) / 2
         variance = torch.exp(math.log(row.most) * share + math.log(row.least) * (1 - share))
@@ -196,6 +202,19 @@ def combined(
         new = new + weight * outputs[past]
     if row.keep:
         outputs[call] = row.keep[0] * x + row.keep[1] * m
+    for past in row.done:
+        outputs.pop(past, None)
+    return new
+
+
+def uncalled(row: Row, x: Tensor, outputs: dict[int, Tensor], reuse: bool) -> Tensor:
+    """The row where the model is not called, as no row reads its output; `reuse` as in `combined_in_place`."""
+    if reuse and not row.as_formula:
+        new = x if row.x_weight == 1 else x.mul_(row.x_weight)
+    else:
+        new = row.x_weight * x + row.shift
+    for past, weight in row.past:
+        new = new + weight * outputs[past]
     for past in row.done:
         outputs.pop(past, None)
     return new

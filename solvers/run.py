@@ -11,10 +11,19 @@ from tqdm import tqdm
 
 from solvers.grids import has_levels, usual
 from solvers.methods.unipc import recommended
-from solvers.noise import Noise, PerSample, Source, as_source
+from solvers.noise import Brownian, Noise, PerSample, Source, as_source
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, Model, as_model, two_outputs
-from solvers.rows import Row, combined, combined_in_place, deviation_of, is_finite, last_use, rows_of
+from solvers.rows import (
+    Row,
+    combined,
+    combined_in_place,
+    deviation_of,
+    is_finite,
+    last_use,
+    rows_of,
+    uncalled,
+)
 from solvers.schedules import Schedule
 
 
@@ -128,7 +137,7 @@ def run(
             f"plan is {type(plan).__name__}: expected a Plan, e.g. dpm_solver_pp(schedule, times)"
         )
     model = as_model(model)
-    state = _resumed(plan, x) if isinstance(x, State) else _start(x, grad)
+    state = _resumed(plan, x) if isinstance(x, State) else started(x, grad)
     source = _source(plan, noise, len(state.x))
     if grad and (plan.a.requires_grad or plan.b.requires_grad or plan.c.requires_grad):
         raise ValueError(
@@ -142,14 +151,14 @@ def run(
             "the network is in training mode (dropout, batch statistics): call net.eval()", stacklevel=2
         )
     with torch.set_grad_enabled(grad):
-        return _execute(plan, model, state, source, rows, callback, progress, grad)
+        return execute(plan, model, state, source, rows, plan.rows, callback, progress, grad)
 
 
 def trajectory(
     plan: Plan, model: AnyModel, x: Tensor, noise: Noise | None = None, progress: bool = False
 ) -> Tensor:
     """Execute a plan and keep the state at every time: [N+1, B, ...]. Arguments and errors as for `run`."""
-    states = [_start(x, grad=False).x]
+    states = [started(x).x]
     if len(x) == 0:
         return states[0].expand(plan.rows + 1, *x.shape).clone()
     run(plan, model, x, noise, callback=lambda state: states.append(state.x), progress=progress)
@@ -198,23 +207,25 @@ def sample(
     return run(method(schedule, times), model, x, noise, progress=progress)
 
 
-def _execute(
+def execute(
     plan: Plan,
     model: Model,
     state: State,
     source: Source | None,
     rows: list[Row],
-    callback: Callable[[State], None] | None,
-    progress: bool,
-    grad: bool,
+    stop: int,
+    callback: Callable[[State], None] | None = None,
+    progress: bool = False,
+    grad: bool = False,
 ) -> Tensor:
+    """The loop: the rows from the state's on and before `stop`, all of it checked already. It overwrites state.x."""
     x, outputs, draws = state.x, dict(state.outputs), dict(state.draws)
     reuse = callback is None and not grad
     last_draw = last_use(plan.c)
     late = _is_read_late(x)
     norms, called = [_norm(x)] if late else [], []
-    calls = range(state.call, plan.rows)
-    for i in tqdm(calls, disable=not progress, initial=state.call, total=plan.rows, unit="call"):
+    calls = range(state.call, stop)
+    for i in tqdm(calls, disable=not progress, initial=state.call, total=stop, unit="call"):
         row = rows[i]
         deviation: Tensor | None = None
         if row.is_called:
@@ -222,7 +233,11 @@ def _execute(
             if late:
                 norms.append(_norm(m.detach()))
                 called.append(i)
-            if row.variance:
+            if row.variance and second is not None:
+                if late:
+                    norms[-1] = torch.maximum(norms[-1], _norm(second.detach()))
+                elif not is_finite(second.detach()):
+                    raise _non_finite(plan, i, _norm(second.detach()), state_was_finite=is_finite(x.detach()))
                 deviation = deviation_of(row.variance, model.variance, x, m, second)
             if grad or row.as_formula:
                 new = combined(row, x, m, outputs, i, check=not late)
@@ -234,10 +249,10 @@ def _execute(
                 raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=blameless)
             x = new
         else:
-            x = x.mul_(row.x_weight) if reuse and not row.as_formula else x * row.x_weight + row.shift
+            x = uncalled(row, x, outputs, reuse)
         if source is not None:
             if last_draw[i] >= i or deviation is not None:
-                draws[i] = _draw(source, i, x)
+                draws[i] = drawn(source, i, x)
             for draw, weight in row.draws:
                 x = x + weight * draws[draw] if grad else x.add_(draws[draw], alpha=weight)
             if deviation is not None:
@@ -332,7 +347,7 @@ def _where(plan: Plan, call: int) -> str:
     return f"call {call} of {plan.rows}, t = {plan.times[call]:g}"
 
 
-def _start(x: Tensor, grad: bool) -> State:
+def started(x: Tensor, grad: bool = False) -> State:
     """The first state: a copy of x in float32 or float64, once x is known to be one."""
     _check_state(x, grad)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -387,14 +402,19 @@ def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
         raise ValueError(
             "the plan is stochastic and needs noise: run(plan, model, x, noise=0) seeds one stream per sample"
         )
-    if isinstance(source, PerSample) and len(source.ids) != batch:
+    if isinstance(source, PerSample | Brownian) and len(source.ids) != batch:
         raise ValueError(
             f"noise is for {len(source.ids)} samples, but the batch has {batch}: give one id per sample"
+        )
+    if isinstance(source, Brownian) and len(source.clock) != plan.rows + 1:
+        raise ValueError(
+            f"the clock has {len(source.clock) - 1} steps, the plan {plan.rows} rows: give T at the plan's times, e.g. "
+            "clock=plan.half_logsnr"
         )
     return source
 
 
-def _draw(source: Source, number: int, x: Tensor) -> Tensor:
+def drawn(source: Source, number: int, x: Tensor) -> Tensor:
     """One draw, its contract checked."""
     z = source(number, x)
     if not isinstance(z, Tensor) or z.shape != x.shape or z.device != x.device:

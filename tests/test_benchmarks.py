@@ -7,9 +7,13 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+
+import solvers as sv
+from reference import digits, kl, law, wasserstein2
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("records", "step", "work_precision", "draw")
+SCRIPTS = ("records", "step", "work_precision", "stochastic", "draw")
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +47,15 @@ def results(scripts, tmp_path_factory):
     scripts["work_precision"].main(
         ["--out", str(errors), *chosen, "--methods", *methods, "--calls", "2", "8", "16"]
     )
-    return step, errors
+    laws = folder / "stochastic.jsonl"
+    chosen = ["--problems", "three variances", "digits", "--grids", "uniform", "--samples", "16"]
+    names = ["ddpm", "analytic_ddpm", "analytic_ddpm, optimal trajectory", "sn_ddpm"]
+    scripts["stochastic"].main(["--out", str(laws), *chosen, "--methods", *names, "--calls", "2", "6"])
+    return step, errors, laws
 
 
 def test_records_have_the_declared_fields(scripts, results):
-    for path, kind in zip(results, ("Step", "WorkPrecision"), strict=True):
+    for path, kind in zip(results, ("Step", "WorkPrecision", "Law"), strict=True):
         declared = getattr(scripts["records"], kind)
         records = scripts["records"].read(path)
         assert records
@@ -84,13 +92,52 @@ def test_errors_fall_with_calls(scripts, results):
         assert many.median < few.median / 2
 
 
+def test_records_of_laws_are_the_laws(scripts, results):
+    records = {(r.problem, r.method, r.calls): r for r in scripts["records"].read(results[2])}
+    data = scripts["stochastic"].three()
+    for calls in (2, 6):
+        plan = sv.ddpm(sv.VP(), sv.uniform(sv.VP(), calls))
+        exact = data.marginal(plan.alpha[-1].item(), plan.sigma[-1].item())
+        record = records["three variances", "ddpm", calls]
+        assert record.kl == pytest.approx(kl(exact, law(plan, data)), rel=1e-9)
+        assert record.distance == pytest.approx(wasserstein2(exact, law(plan, data)) / 3**0.5, rel=1e-9)
+    at_six = {
+        name: record.kl
+        for (problem, name, calls), record in records.items()
+        if (problem, calls) == ("three variances", 6)
+    }
+    assert (
+        at_six["sn_ddpm"]
+        < 1e-12
+        < at_six["analytic_ddpm, optimal trajectory"]
+        < at_six["analytic_ddpm"]
+        < at_six["ddpm"]
+    )
+    digits = [record for (problem, *_), record in records.items() if problem == "digits"]
+    assert {(record.method, record.kl, record.samples) for record in digits} == {
+        (name, None, 16) for name in ("ddpm", "analytic_ddpm", "sn_ddpm")
+    }
+    assert all(record.distance > record.floor / 2 > 0 for record in digits)
+
+
+def test_the_quick_model_of_the_digits_is_the_exact_one(scripts):
+    data, schedule = digits(), sv.VP()
+    x = torch.randn(5, *data.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((5,), 0.4)
+    alpha, sigma = (float(v(t[:1].double())) for v in (schedule.alpha, schedule.sigma))
+    eps, square = scripts["stochastic"].Quick(data, moments=True)(x, t)
+    assert torch.allclose(eps.double(), data.noise(x.double(), alpha, sigma), atol=1e-4)
+    assert torch.allclose(square.double(), data.noise_square(x.double(), alpha, sigma), atol=1e-3)
+    assert torch.equal(scripts["stochastic"].Quick(data)(x, t), eps)
+
+
 def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path):
     from matplotlib.image import imread
 
     document = tmp_path / "benchmarks.md"
     places = [
         f"<!-- draw.py: begin {name} -->\nold\n<!-- draw.py: end {name} -->"
-        for name in ("step", "work_precision", "ratios")
+        for name in ("step", "work_precision", "ratios", "laws", "samples")
     ]
     document.write_text("\n\n".join(["# Title", *places, "last line"]))
     scripts["draw"].main(
@@ -98,7 +145,7 @@ def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path)
     )
 
     figures = {path.stem: imread(path) for path in tmp_path.glob("*.png")}
-    assert set(figures) == {"step", "work_precision_vp", "grids"}
+    assert set(figures) == {"step", "work_precision_vp", "grids", "laws_uniform", "samples"}
     for image in figures.values():
         assert image.shape[0] > 300
         assert image.shape[1] > 300

@@ -36,12 +36,15 @@ def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: floa
         raise ValueError(f"eta = {eta}: expected a number from 0 (the method itself) to 1")
     levels = _checked("ancestral", schedule, times, method)
     if not eta:
-        return method(schedule, levels.times)
+        return _built(method, schedule, levels.times)
     lam = levels.half_logsnr
     down = lam[1:] - torch.log1p(eta**2 * torch.expm1(-2 * lam.diff())) / 2
     ends = torch.where(levels.sigma[1:] == 0, levels.times[1:], schedule.time(down))
     _inside("ancestral", schedule, ends, "take more steps or a smaller eta, or end the grid earlier")
-    pieces = [method(schedule, torch.stack([s, end])) for s, end in zip(levels.times[:-1], ends, strict=True)]
+    pieces = [
+        _built(method, schedule, torch.stack([s, end]))
+        for s, end in zip(levels.times[:-1], ends, strict=True)
+    ]
     return _joined(schedule, pieces, levels.times[-1])
 
 
@@ -81,7 +84,7 @@ def churn(
     gamma = min(amount / len(starts), math.sqrt(2) - 1)
     churned = (starts >= low) & (starts <= high) & levels.half_logsnr[:-1].isfinite()
     if not gamma or not churned.any():
-        return method(schedule, levels.times)
+        return _built(method, schedule, levels.times)
     noisier = schedule.time(levels.half_logsnr[:-1] - math.log1p(gamma))
     if has_levels(schedule):
         count = schedule.levels  # type: ignore[attr-defined]
@@ -89,7 +92,8 @@ def churn(
     noisier = torch.where(churned, torch.maximum(noisier, starts), starts)
     _inside("churn", schedule, noisier, f"leave out the first steps, e.g. high={0.9 * float(starts[0]):g}")
     pieces = [
-        method(schedule, torch.stack([begin, t])) for begin, t in zip(noisier, levels.times[1:], strict=True)
+        _built(method, schedule, torch.stack([begin, t]))
+        for begin, t in zip(noisier, levels.times[1:], strict=True)
     ]
     return _joined(schedule, pieces, levels.times[-1], levels.times[0], noise_scale)
 
@@ -120,7 +124,14 @@ def restart(
     """
     if not 0 <= number("noise_scale", noise_scale) < math.inf:
         raise ValueError(f"noise_scale = {noise_scale}: expected a finite number from 0")
+    if not callable(grid):
+        raise TypeError(
+            f"grid = {grid!r:.100}: expected (schedule, steps, start=, stop=) -> times, e.g. sv.karras"
+        )
+    if not isinstance(intervals, Sequence):
+        raise TypeError(f"intervals = {intervals!r:.100}: expected a list, e.g. [(0.05, 0.3, 3, 2)]")
     levels = Levels.of(schedule, times)
+    refuse_upwards(levels)
     points, rho = levels.times, levels.sigma / levels.alpha
     again: dict[int, list[Tensor]] = {}
     for interval in intervals:
@@ -131,7 +142,7 @@ def restart(
         low, high, steps, repeats = interval
         whole("steps", steps, 1, 10**5)
         whole("repeats", repeats, 1, 10**5)
-        at = Levels.at(schedule, torch.tensor([low], dtype=torch.float64, device="cpu"))
+        at = Levels.at(schedule, torch.tensor([number("low", low)], dtype=torch.float64, device="cpu"))
         node = 1 + int((rho[1:] - at.sigma / at.alpha).abs().argmin())
         if not points[node] < number("high", high) < math.inf:
             raise ValueError(
@@ -145,26 +156,34 @@ def restart(
         again.setdefault(node, []).extend([inner] * repeats)
     pieces, first = [], 0
     for node in sorted(again):
-        pieces += [method(schedule, points[first : node + 1])] if node > first else []
-        pieces += [method(schedule, inner) for inner in again[node]]
+        pieces += [_built(method, schedule, points[first : node + 1])] if node > first else []
+        pieces += [_built(method, schedule, inner) for inner in again[node]]
         first = node
     if first < len(points) - 1:
-        pieces.append(method(schedule, points[first:]))
+        pieces.append(_built(method, schedule, points[first:]))
     return _joined(schedule, pieces, points[-1], noise_scale=noise_scale)
+
+
+def _built(method: Build, schedule: Schedule, times: Tensor) -> Plan:
+    """The method's plan, if it is one."""
+    if not callable(method):
+        raise TypeError(f"method = {method!r:.100}: expected (schedule, times) -> Plan, e.g. method=sv.heun")
+    plan = method(schedule, times)
+    if not isinstance(plan, Plan):
+        raise TypeError(f"method gave {type(plan).__name__}: expected a Plan")
+    if plan.is_stochastic:
+        raise ValueError("the method adds noise itself; give an ODE method, e.g. heun")
+    return plan
 
 
 def _checked(name: str, schedule: Schedule, times: Tensor, method: Build) -> Levels:
     """The levels of the grid, once the method is seen to take each step by itself."""
-    if not callable(method):
-        raise TypeError(f"method = {method!r:.100}: expected (schedule, times) -> Plan, e.g. method=sv.heun")
     times = given(schedule, times)
     levels = Levels.of(schedule, times)
     refuse_upwards(levels)
     some = times[: TRIED + 1]
-    whole_way = method(schedule, some)
-    alone = [method(schedule, some[i : i + 2]) for i in range(len(some) - 1)]
-    if whole_way.is_stochastic:
-        raise ValueError(f"{name}: the method adds noise itself; give an ODE method, e.g. heun")
+    whole_way = _built(method, schedule, some)
+    alone = [_built(method, schedule, some[i : i + 2]) for i in range(len(some) - 1)]
     if not whole_way.allclose(_joined(schedule, alone, some[-1]), rtol=1e-9):
         raise ValueError(
             f"{name}: the method reads calls of earlier steps, which the noise between them makes worthless; give a one-step method "
