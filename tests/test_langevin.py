@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ class Counted:
 def score_sde(x, steps, corrections, snr, draw, denoise=True):
     """Algorithms 4 and 5 as released, for one sample: batch means are its own norms.
 
-    steps: (score, alpha_i of the corrector, x -> x_mean of the predictor, deviation of its noise), one for each time.
+    steps: (score, alpha_i of the corrector, x -> x_mean of the predictor, deviation of its noise) at each time.
     """
     mean = x
     for score, alpha, predictor, deviation in steps:
@@ -55,7 +56,7 @@ def drawing(seed=3):
 @pytest.mark.parametrize("corrections", [1, 2])
 @pytest.mark.parametrize("last", ["to sigma 0", "to sigma_min"])
 def test_on_ve_it_is_score_sdes_loop(corrections, last):
-    """alpha_i = 1; x + (sigma_i^2 - sigma_{i-1}^2) s + sqrt(...) z, sigma_0 the least or, as in the code, 0."""
+    """alpha_i = 1; x + (sigma_i^2 - sigma_{i-1}^2) s + sqrt(...) z, sigma_0 the least or, as there, 0."""
     schedule = sv.EDM()
     sigmas = torch.logspace(1, -1, 6, dtype=torch.float64)
     if last == "to sigma 0":
@@ -263,13 +264,17 @@ def test_the_state_is_float32_when_the_network_is_not():
     assert (single - double).norm() / double.norm() < 1e-5
 
 
+def legacy_state():
+    return np.random.get_state()[1].copy()  # noqa: NPY002
+
+
 def test_x_and_the_global_generators_are_left_alone(capsys):
-    x, states = X.clone(), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    x, states = X.clone(), (torch.get_rng_state(), random.getstate(), legacy_state())
     sv.predictor_corrector(PLAN, net, x, 0)
     assert torch.equal(x, X)
     assert torch.equal(states[0], torch.get_rng_state())
     assert random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert np.array_equal(legacy_state(), states[2])
     assert capsys.readouterr().err == ""
     sv.predictor_corrector(PLAN, net, x, 0, progress=True)
     assert "5/5" in capsys.readouterr().err
@@ -344,8 +349,19 @@ def test_a_prediction_that_does_not_determine_the_score_is_refused():
         sv.predictor_corrector(plan, net, X, 0)
 
 
+def test_one_path_over_the_rows_is_refused_as_corrections_draw_too():
+    model = Counted()
+    source = sv.noise.brownian(0, range(7), PLAN.half_logsnr)
+    with pytest.raises(ValueError, match=r"clock|Brownian|path"):  # BUG: "draw = 5", after 5 calls
+        sv.predictor_corrector(PLAN, model, X, source)
+    assert model.times == []
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("bad", [0, 5, 9])
-def test_an_output_that_is_not_finite_is_reported_with_its_row(bad):
+def test_an_output_that_is_not_finite_is_reported_with_its_row(bad, late, monkeypatch):
+    if late:
+        monkeypatch.setattr(sys.modules["solvers.run"], "_is_read_late", lambda x: True)
     model = Counted()
     model.answer = lambda x, t: net(x, t) * (math.nan if len(model.times) == bad + 1 else 1.0)
     row = bad // 2

@@ -1,4 +1,4 @@
-"""Brownian paths: what is drawn, of what it is independent, and that runs with more steps converge to one answer."""
+"""Brownian paths: what is drawn, of what it is independent, and that on one path more steps converge."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import solvers as sv
-from problems import FULL, NARROW, VP, line_model, starts
+from problems import NARROW, VP, line_model, starts
 from reference import slopes
 from solvers.noise import LEAST_STEP
 
@@ -58,16 +58,25 @@ def test_increments_are_independent_standard_normals(clock):
     assert products.abs().max() < 4.5 / n**0.5
 
 
+@pytest.mark.parametrize("start", [-8.0, -0.001, 5.0])
+def test_the_smallest_steps_are_no_smaller_than_they_should_be(start):
+    """Where the path is halved no further, and neighbours share the last half."""
+    z = draws(brownian(start + 1.01 * LEAST_STEP * torch.arange(31, dtype=torch.float64)), 3000)
+    assert abs((z**2).mean() - 1) < 4.5 * (2 / z.numel()) ** 0.5
+    assert_uncorrelated(z[:-1], z[1:])
+
+
 def test_samples_and_seeds_are_independent_and_the_other_streams_too():
     like = torch.zeros(40, 300, dtype=torch.float64)
     path, other = (brownian(seed=seed, ids=range(40)) for seed in (0, 1))
     z = path(3, like)
     assert abs((z**2).mean() - 1) < 4.5 * (2 / z.numel()) ** 0.5
     plain = sv.noise.per_sample(0, range(40))
+    initial = plain.initial(300, dtype=torch.float64)
     for step in range(9):
         assert_uncorrelated(z, other(step, like))
         assert_uncorrelated(z, plain(step, like))
-    assert_uncorrelated(z, plain.initial(300, dtype=torch.float64))
+        assert_uncorrelated(path(step, like), initial)
     assert_uncorrelated(z[:-1], z[1:])
 
 
@@ -117,12 +126,13 @@ def test_a_sample_s_path_depends_on_seed_and_sample_alone():
 
 
 def test_no_global_generator_is_touched():
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     draws(brownian(), 3)
     sv.run(sv.ddpm(VP, sv.logsnr(VP, 3)), lambda x, t: x, torch.zeros(2, 3), noise=0)
     assert torch.equal(states[0], torch.get_rng_state())
     assert random.getstate() == states[1]
-    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[2], strict=True))
+    legacy = np.random.get_state()  # noqa: NPY002
+    assert all(np.array_equal(a, b) for a, b in zip(legacy, states[2], strict=True))
 
 
 # What is refused
@@ -234,23 +244,23 @@ def path(*clock):
     return draws(brownian(clock, seed=5), SIZE)[..., None]
 
 
-def ended(build, problem, span, steps, eta):
-    plan = build(VP, sv.logsnr(VP, steps, start=span[0], stop=span[1]))
+def ended(build, problem, steps, eta):
+    plan = build(VP, sv.logsnr(VP, steps, start=NARROW[0], stop=NARROW[1]))
     z = path(*(eta * plan.half_logsnr).tolist())
     model = gaussian_model if problem == "gaussian" else line_model(VP)
-    return sv.run(plan, model, starts("line", span, SIZE), noise=lambda draw, like: z[draw])
+    return sv.run(plan, model, starts("line", NARROW, SIZE), noise=lambda draw, like: z[draw])
 
 
 @functools.cache
-def answer(problem, span, eta):
+def answer(problem, eta):
     """Of the line, a fine run. Of Gaussian data, the SDE's solution driven by the path, by the midpoint rule.
 
-    y = (x - alpha mu) e^T / sigma has dy = (1 + eta) v / (v + rho^2) y dlambda + dW(e^2T), so that y / M is int dW / M,
-    M = (1 + v / rho^2)^((1 + eta) / 2).
+    y = (x - alpha mu) e^T / sigma has dy = (1 + eta) v / (v + rho^2) y dlambda + dW(e^2T), so that y / M is
+    int dW / M, M = (1 + v / rho^2)^((1 + eta) / 2).
     """
     if problem == "line":
-        return ended(partial(sv.dpm_solver_pp_sde, eta=eta), problem, span, FINE, eta)
-    times = sv.logsnr(VP, FINE, start=span[0], stop=span[1])
+        return ended(partial(sv.dpm_solver_pp_sde, eta=eta), problem, FINE, eta)
+    times = sv.logsnr(VP, FINE, start=NARROW[0], stop=NARROW[1])
     alpha, sigma, lam = VP.alpha(times), VP.sigma(times), VP.half_logsnr(times)
 
     def growth(lam):
@@ -259,7 +269,7 @@ def answer(problem, span, eta):
     scale, clock = sigma * torch.exp(-eta * lam), eta * lam
     step = torch.exp(2 * clock).diff().sqrt() / growth((lam[1:] + lam[:-1]) / 2)
     noise = (path(*clock.tolist()) * step[:, None, None]).sum(0)
-    begin = (starts("line", span, SIZE) - alpha[0] * MEAN) / scale[0] / growth(lam[0])
+    begin = (starts("line", NARROW, SIZE) - alpha[0] * MEAN) / scale[0] / growth(lam[0])
     return alpha[-1] * MEAN + scale[-1] * growth(lam[-1]) * (begin + noise)
 
 
@@ -291,17 +301,17 @@ STRONG = {  # methods and the tau^2 of the SDE that they are of
 )
 def test_runs_on_one_path_converge_to_one_answer_with_order_1(name, problem):
     """Strongly: also the steps in t, whose noise is the path's only up to the square of the step."""
-    (build, eta), span = STRONG[name], FULL if problem == "gaussian" else NARROW
+    build, eta = STRONG[name]
     counts = [n // 2 for n in COUNTS] if "seeds" in name else COUNTS
-    errors = [rms(ended(build, problem, span, n, eta) - answer(problem, span, eta)) for n in counts]
+    errors = [rms(ended(build, problem, n, eta) - answer(problem, eta)) for n in counts]
     assert slopes(errors).mean() == pytest.approx(1, abs=0.25), errors
     assert slopes(errors).min() > 0.4
     assert errors[-1] < 0.1
 
 
 def test_a_fine_run_is_the_exact_solution_on_its_path():
-    fine = ended(sv.dpm_solver_pp_sde, "gaussian", FULL, FINE, 1.0)
-    assert rms(fine - answer("gaussian", FULL, 1.0)) < 1e-3
+    fine = ended(sv.dpm_solver_pp_sde, "gaussian", FINE, 1.0)
+    assert rms(fine - answer("gaussian", 1.0)) < 1e-3
 
 
 @pytest.mark.parametrize("method", [sv.ddpm, sv.sa_solver, sv.euler_maruyama])
@@ -309,7 +319,7 @@ def test_with_plain_noise_more_steps_do_not_converge(method):
     """Every grid has a path of its own, so runs stay as far apart as independent samples."""
     x, model = starts("line", NARROW, SIZE).T, line_model(VP)
     plans = [method(VP, sv.logsnr(VP, n, start=NARROW[0], stop=NARROW[1])) for n in COUNTS]
-    fine = ended(method, "line", NARROW, COUNTS[-1], 1.0)
+    fine = ended(method, "line", COUNTS[-1], 1.0)
 
     def end(plan):
         source = sv.noise.per_sample(5, [0])
@@ -319,5 +329,5 @@ def test_with_plain_noise_more_steps_do_not_converge(method):
     spread = rms(fine - fine.mean())
     assert min(apart) > 0.4 * spread
     assert apart[-1] > 0.8 * apart[0]
-    refined = rms(ended(method, "line", NARROW, COUNTS[-2], 1.0) - fine)
+    refined = rms(ended(method, "line", COUNTS[-2], 1.0) - fine)
     assert refined < 0.2 * apart[-1]

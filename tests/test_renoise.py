@@ -223,7 +223,7 @@ ORDERS = (
     [(f"ancestral {name}", partial(sv.ancestral, method=ONE_STEP[name]), ONE_STEP[name]) for name in ONE_STEP]
     + [("ancestral half heun", partial(sv.ancestral, eta=0.5), sv.heun)]
     + [
-        (f"churn {name}", partial(sv.churn, method=ONE_STEP[name], amount=4.0), ONE_STEP[name])
+        (f"churn {name}", partial(sv.churn, method=ONE_STEP[name], amount=2.0), ONE_STEP[name])
         for name in ("ddim", "heun", "3S")
     ]
     + [(f"restart {name}", restarted(ONE_STEP[name]), ONE_STEP[name]) for name in ONE_STEP]
@@ -234,13 +234,14 @@ ORDERS = (
     ]
 )
 DECLARED = {"ddim": 1, "heun": 2, "2S": 2, "3S": 3, "krogstad": 4, "2M": 2, "3M": 3}
+COUNTS = {"3S": (48, 96), "krogstad": (48, 96), "2M": (128, 256), "3M": (128, 256)}
 
 
 @pytest.mark.parametrize(("build", "method"), [o[1:] for o in ORDERS], ids=[o[0] for o in ORDERS])
 def test_the_weak_order_is_the_method_s(build, method, request):
     name = request.node.callspec.id.split()[-1]
     for plan in (build, method):
-        counts = (128, 256) if name in ("2M", "3M") else (64, 128)
+        counts = COUNTS.get(name, (32, 64))
         errors = law_errors(plan, DATA, VP, *NARROW, counts)
         assert slopes(errors).item() == pytest.approx(DECLARED[name], abs=0.1)
 
@@ -368,6 +369,15 @@ def test_ancestral_ddim_on_discrete_levels_calls_on_them():
     model = sv.Model(lambda x, n: seen.append(int(n[0])) or 0.1 * x, label=schedule.step)
     sv.run(plan, model, normals(2, 3), noise=0)
     assert seen == [99, 79, 59, 39, 19]
+
+
+def test_restart_on_discrete_levels_stays_on_them_with_their_grid():
+    schedule = sv.Discrete.linear(100)
+    build = partial(sv.restart, method=sv.ddim, grid=sv.trailing)
+    plan, seen = build(schedule, sv.trailing(schedule, 5), [(0.2, 0.6, 4, 2)]), []
+    model = sv.Model(lambda x, n: seen.append(int(n[0])) or 0.1 * x, label=schedule.step)
+    sv.run(plan, model, normals(2, 3), noise=0)
+    assert seen == [99, 79, 59, 39, *2 * [59, 49, 39, 29], 19]
 
 
 def test_the_end_may_be_clean_data_and_the_start_pure_noise():

@@ -100,7 +100,7 @@ def test_sample_and_other_predictions_know_it_too():
 
 
 def textbook(times, variance_of, x, eta=1.0, schedule=VP):
-    """DDIM's step and a variance (own, weight of x_0, rho_s, large, eps, second) -> [B, ...] in place of its own."""
+    """DDIM's step with variance_of(own, weight of x_0, rho_s, large, eps, second, row) in place of its own."""
     plan = sv.ddim(schedule, times, eta=eta)
     own = plan.c[:, 0] if eta else 0 * plan.a
     source = sv.noise.per_sample(0, range(len(x)))
@@ -114,7 +114,7 @@ def textbook(times, variance_of, x, eta=1.0, schedule=VP):
 
 
 def test_the_learned_range_is_improved_ddpm_s():
-    """Eq. 15: exp(v log large + (1 - v) log small) with v in [0, 1] from an output in [-1, 1]; no noise to sigma = 0."""
+    """Eq. 15: exp(v log large + (1 - v) log small), v in [0, 1] from an output in [-1, 1]; none to sigma = 0."""
 
     def between(small, b, rho, large, eps, second, i):
         v = (second + 1) / 2
@@ -200,6 +200,15 @@ def test_the_law_is_the_marginal_in_any_number_of_steps(schedule, eta, steps):
     assert_close(got.cov, marginal.cov, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_law_is_the_data_s_where_the_last_step_to_sigma_0_has_its_noise(eta):
+    times = torch.tensor([0.9, 0.4, 0.0], dtype=torch.float64)
+    got = law(sv.extended_analytic_dpm(VP, times, eta=eta, last="noise"), DATA)
+    assert_close(got.cov, DATA.cov, rtol=1e-10, atol=1e-10)
+    mean = law(sv.extended_analytic_dpm(VP, times, eta=eta), DATA)
+    assert (mean.cov.diagonal() < DATA.cov.diagonal()).all()
+
+
 @pytest.mark.parametrize("kind", ["square", "residual"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("bounds", [{}, {"limit": 0.3, "pixels": 2.0}])
@@ -221,6 +230,13 @@ def test_the_law_asks_for_independent_elements():
 
 
 # Runs
+
+
+def test_the_learned_range_reaches_from_zero_snr_to_clean_data():
+    schedule = DDPM.zero_terminal_snr()
+    plan = sv.ddpm(schedule, sv.trailing(schedule, 5), variance="learned")
+    model = sv.Model(net, "velocity", label=schedule.label, variance="range")
+    assert sv.run(plan, model, normals(2, 3), noise=0).isfinite().all()
 
 
 @NAMES
@@ -428,11 +444,20 @@ def test_a_second_output_that_is_not_finite_is_reported(call):
         sv.run(PLANS["square"][0](), sv.Model(broken, variance="square"), normals(3, 2), noise=0)
 
 
+def test_a_centred_model_that_returns_no_tensor_is_told_so():
+    for answer, name in ((lambda x, t: (x, x), "tuple"), (lambda x, t: None, "NoneType")):
+        model = sv.centred(answer, torch.ones(3))
+        with pytest.raises(
+            TypeError, match=f"returned {name}"
+        ):  # BUG: "to() received", "unsupported operand"
+            sv.run(sv.ddim(VP, TIMES), model, normals(2, 3))
+
+
 # Losses
 
 
 def per_sample_slopes(loss_of, features, coefficients):
-    """The gradient of each sample's loss with respect to coefficients of its own, where h = features @ coefficients."""
+    """The gradient of each sample's loss in coefficients of its own, where h = features @ coefficients."""
     own = coefficients.expand(len(features), *coefficients.shape).clone().requires_grad_()
     (slope,) = torch.autograd.grad(loss_of(lambda x, t: (features * own).sum(-1)).sum(), own)
     return slope.flatten(1)
@@ -513,7 +538,7 @@ def test_a_head_fitted_by_least_squares_gives_the_exact_marginal(kind):
     spread = alpha**2 * VARIANCE[:2] / total
     if kind == "residual":
         assert_close(best, spread, rtol=0.02, atol=0)
-    else:  # the projection of E[eps^2 | x] = spread + eps^^2 on eps^^2, whose fourth moment is 3 (1 - spread)^2
+    else:  # spread + eps^^2 projected on eps^^2, whose mean square is 3 (1 - spread)^2
         assert_close(best, 1 + spread / (3 * (1 - spread)), rtol=0.02, atol=0)
 
 
@@ -566,7 +591,7 @@ def test_each_sample_has_a_time_and_a_loss_of_its_own(shape):
 
 
 def test_losses_are_the_papers_formulas_for_any_prediction():
-    """Eq. 9 and 12: ||eps^2 - h||^2 / d and ||(eps - eps^)^2 - h||^2 / d, eps^ from whatever the model predicts."""
+    """Eq. 9 and 12: ||eps^2 - h||^2 / d, ||(eps - eps^)^2 - h||^2 / d, eps^ from what the model predicts."""
     x0, noise, t = normals(4, 3), normals(4, 3, seed=1), torch.tensor([0.2, 0.9, 0.5, 0.1])
     schedule = sv.EDM()
     x = x0 + t[:, None].double() * noise
@@ -592,3 +617,22 @@ def test_heads_and_batches_that_do_not_fit_are_refused():
         sv.sn_loss(lambda x, t: x, VP, x0, t, noise[:3])
     with pytest.raises(ValueError, match=r"the model returned \[4, 1\]"):
         sv.npr_loss(lambda x, t: x, lambda x, t: x[:, :1], VP, x0, t, noise)
+
+
+def test_losses_of_a_network_on_levels_take_times_in_float32():
+    schedule = sv.Discrete.linear(100)
+    model = sv.Model(lambda x, n: x * n[:, None] / 100, label=schedule.step)
+    x0, noise = normals(100, 3), normals(100, 3, seed=1)
+    t = torch.arange(1, 101, dtype=torch.float64) / 100
+    expected = sv.npr_loss(lambda x, t: x, model, schedule, x0, t, noise)
+    got = sv.npr_loss(
+        lambda x, t: x, model, schedule, x0, t.float(), noise
+    )  # BUG: "step 29 lies between levels"
+    assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_time_for_all_samples_is_refused_by_name():
+    """The head reads t [B]."""
+    for t in (0.5, torch.tensor(0.5)):
+        with pytest.raises((TypeError, ValueError), match=r"t .*expected"):  # BUG: AttributeError; accepted
+            sv.sn_loss(lambda x, t: x, VP, normals(4, 3), t, normals(4, 3))

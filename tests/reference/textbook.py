@@ -20,6 +20,7 @@ class Table:
     scale = 1.0
     element_shape = ()
     shift = torch.zeros(0)
+    variances = torch.zeros(0)
 
     def mixture(self):
         """The weights of data and noise in the outputs."""
