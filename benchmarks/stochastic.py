@@ -45,6 +45,8 @@ SAMPLED = (
     HEURISTIC,
     "dpm_solver_pp_sde_2m",
     "sa_solver",
+    "er_sde_3",
+    "recommended",
 )
 LONG = (
     "ddpm",

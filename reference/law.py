@@ -78,7 +78,11 @@ def path_kl(plan: Plan, data: Gaussian) -> float:
 
     v being the variance of x_t | x_s in the forward process. Infinite where a row adds no noise.
     """
-    if plan.window > 1 or plan.c.shape[1] != 1 or plan.predicts == "mixture" or plan.shift.numel():
+    if plan.variances.numel() or plan.shift.numel() or plan.predicts == "mixture":
+        raise ValueError("expected a plan of numbers, whose noise c alone weighs, e.g. ddim with eta=1")
+    if not plan.c.numel():
+        return torch.inf
+    if plan.window > 1 or plan.c.shape[1] > 1:
         raise ValueError(
             "expected a plan whose rows read their own call and draw alone, e.g. ddim with eta=1"
         )
@@ -97,4 +101,4 @@ def path_kl(plan: Plan, data: Gaussian) -> float:
     off = (gain - back) ** 2 * total[:-1] + shift**2
     noise = plan.c**2
     terms = (variance + off) / noise - 1 - torch.log(variance / noise)
-    return 0.5 * terms.sum().item()
+    return 0.5 * torch.where(noise > 0, terms, torch.inf).sum().item()

@@ -161,16 +161,22 @@ def compare(
     seed: Seed = None,
     model: ModelName = None,
     reference_calls: Annotated[
-        int, typer.Option(min=6, help="With --model: calls of the fine run that stands for the exact answer.")
-    ] = 600,
+        int | None,
+        typer.Option(
+            min=6,
+            help="With --model: calls of the fine run that stands for the exact answer.",
+            show_default="600",
+        ),
+    ] = None,
     out: Out = Path("results"),
     error: Annotated[
-        str,
+        str | None,
         typer.Option(
+            show_default="median",
             help="What the table and the figure show: the root-mean-square error of the median sample, or that over all "
-            "samples (rms), which the few that start near the border of two digits dominate. Both are recorded."
+            "samples (rms), which the few that start near the border of two digits dominate. Both are recorded.",
         ),
-    ] = "median",
+    ] = None,
     stochastic: Annotated[
         bool,
         typer.Option(
@@ -191,17 +197,27 @@ def compare(
     """
     budgets = numbers("--calls", calls)
     if stochastic:
-        compare_laws(
-            solvers or COMPARED_STOCHASTIC, budgets, schedule, grid, samples, seed, model, out, quiet
-        )
+        for option, value in {
+            "--model": model,
+            "--error": error,
+            "--reference-calls": reference_calls,
+        }.items():
+            if value is not None:
+                refuse(
+                    option,
+                    "it has no use with --stochastic, which knows the laws of samplers on Gaussian data exactly; leave it out",
+                )
+        compare_laws(solvers or COMPARED_STOCHASTIC, budgets, schedule, grid, samples, seed, out, quiet)
         return
-    names = chosen("--solvers", solvers or COMPARED, BUILDS | {FAST: None})
+    listed = SOLVERS if solvers == "all" else BUILDS | {FAST: None}
+    names = chosen("--solvers", solvers or COMPARED, listed)
     for name in names:
         if name in SDES:
             refuse(
                 "--solvers",
                 f"{name} is stochastic: no run of it has an exact answer; compare the laws with --stochastic",
             )
+    error = error or "median"
     key = picked("--error", error, {"median": "median_error", "rms": "error"})
     asked = named_grid(grid)
     problem = load(model, schedule, samples, seed)
@@ -221,7 +237,7 @@ def compare(
     bars = Console(stderr=True, quiet=quiet)
 
     with bars.status("computing the exact answer"):
-        exact, resolution, reference = answer(problem, spacing, reference_calls)
+        exact, resolution, reference = answer(problem, spacing, reference_calls or 600)
     setting = {"samples": len(exact), "reference": reference, "resolution": resolution}
     setting |= {"grid": spacing.__name__, **problem.origin, **versions()}
     records: list[dict[str, Any]] = []
@@ -261,18 +277,13 @@ def compare_laws(
     grid: str | None,
     samples: int,
     seed: int | None,
-    model: str | None,
     out: Path,
     quiet: bool,
 ) -> None:
     """What `compare --stochastic` does."""
     from reference import digits, law, wasserstein2
 
-    if model is not None:
-        refuse(
-            "--model", "the law of a sampler is known on Gaussian data alone; leave it out with --stochastic"
-        )
-    names = chosen("--solvers", solvers, BUILDS)
+    names = chosen("--solvers", solvers, BUILDS | {FAST: None})
     asked = named_grid(grid)
     problem = load(None, schedule, samples, seed)
     spacing = asked or usual(problem.schedule)
@@ -305,11 +316,7 @@ def compare_laws(
 
     near, shown = pictured(budgets), slice(PICTURED_SAMPLES)
     with bars.status("sampling the digits"):
-        gamma = sv.estimate_gamma(
-            problem.model, problem.schedule, digits().draw(64, torch.Generator().manual_seed(0)),
-            between(problem.schedule), noise=0,
-        )  # fmt: skip
-        pictures, _ = candidates(names, problem, spacing, [near], analytic(gamma))
+        pictures, _ = candidates(names, problem, spacing, [near], analytic(digits_gamma(problem)))
         rows = {"digits": digits().draw(min(samples, PICTURED_SAMPLES), torch.Generator().manual_seed(1))}
         best = sorted(
             (record for record in records if record["calls"] == near), key=lambda record: record["error"]
@@ -338,11 +345,15 @@ def recorded(records: list[dict[str, Any]], key: str, label: str) -> Files:
     }
 
 
-def between(schedule: sv.Schedule) -> Tensor:
-    """Times from the start to the stop of a schedule, or just within where half log-SNR is infinite there."""
-    ends = torch.tensor([schedule.start, schedule.stop], dtype=torch.float64)
-    first, last = schedule.half_logsnr(ends).clamp(-12, 12).tolist()
-    return schedule.time(torch.linspace(first, last, 25, dtype=torch.float64))
+def digits_gamma(problem: Problem) -> sv.Gamma:
+    """Gamma of the digits, estimated from 64 of them at 25 times of the schedule."""
+    from reference import digits
+
+    ends = torch.tensor([problem.schedule.start, problem.schedule.stop], dtype=torch.float64)
+    first, last = problem.schedule.half_logsnr(ends).clamp(-12, 12).tolist()
+    times = problem.schedule.time(torch.linspace(first, last, 25, dtype=torch.float64))
+    x0 = digits().draw(64, torch.Generator().manual_seed(0))
+    return sv.estimate_gamma(problem.model, problem.schedule, x0, times, noise=0)
 
 
 def pictured(budgets: list[int]) -> int:
@@ -370,9 +381,14 @@ def sample(
 
     Example:  `solvers sample --solver dpm_solver_3 --steps 8 --seed 1`
     """
-    build = picked("--solver", solver, BUILDS)
+    picked("--solver", solver, BUILDS)
     asked = named_grid(grid)
+    if model and "analytic" in solver:
+        refuse(
+            "--solver", f"{solver} needs gamma of your data: see estimate_gamma and analytic_dpm in Python"
+        )
     problem = load(model, schedule, samples, None if model and solver in SDES else seed)
+    build = analytic(digits_gamma(problem))[solver] if "analytic" in solver else BUILDS[solver]
     spacing = asked or usual(problem.schedule)
     plan = build(problem.schedule, spacing(problem.schedule, steps))
     out.mkdir(parents=True, exist_ok=True)
@@ -459,7 +475,8 @@ def plan(
     """Print a sampler as what it is: a table, one row per network call.
 
     Each row gives the time and half log-SNR of the call, and the weights of x and of the calls' outputs (the newest
-    first) in the x that follows. A saved plan is read back by Plan.load.
+    first) in the x that follows, and of the noise z; a row with - makes no call. The analytic methods are shown for Gaussian data of
+    variance 0.5. A saved plan is read back by Plan.load.
 
     Example:  `solvers plan --method dpm_solver_pp_3m --steps 5 --save plan.json`
     """

@@ -52,14 +52,14 @@ def text_of(values: Mapping[str, Any]) -> str:
 
 
 def values_of(
-    text: str, scalars: Sequence[str], vectors: Sequence[str], tables: Sequence[str]
+    text: str, scalars: Sequence[str], vectors: Mapping[str, int], tables: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, list]]:
     """What `text_of` wrote: the scalars, which are left to be checked, and the lists of finite numbers.
 
     Args:
         text: the JSON text.
         scalars: names of fields that are single values.
-        vectors: names of fields that have a number for each row, and but for the last (a) one more.
+        vectors: names of fields that have a number for each row, and how many more they have; the last has none.
         tables: names of fields that have a list of numbers for each row.
     """
     if not isinstance(text, str):
@@ -78,12 +78,13 @@ def values_of(
         )
     if body["format"] != FORMAT:
         raise ValueError(f"format = {body['format']!r:.100}: expected {FORMAT!r}")
-    per_row = body[vectors[-1]]
+    last = list(vectors)[-1]
+    per_row = body[last]
     rows = len(per_row) if isinstance(per_row, list) else 0
     if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"{vectors[-1]} has {rows} entries: expected a list of 1 to {MAX_ROWS} numbers")
-    for name in vectors:
-        _numbers(name, body[name], rows if name == vectors[-1] else rows + 1)
+        raise ValueError(f"{last} has {rows} entries: expected a list of 1 to {MAX_ROWS} numbers")
+    for name, more in vectors.items():
+        _numbers(name, body[name], rows + more)
     for name in tables:
         _table(name, body[name], rows)
     return {name: body[name] for name in scalars}, {name: body[name] for name in (*vectors, *tables)}

@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from solvers.arguments import positive, whole
-from solvers.noise import Noise, as_source
+from solvers.noise import Brownian, Noise, as_source
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
@@ -55,10 +55,16 @@ def predictor_corrector(
     whole("corrections", corrections, 0, 10**6)
     if plan.window > 1 or plan.c.shape[1] > 1 or not plan.is_called.all():
         raise ValueError(
-            "the plan's rows read earlier calls, which a correction makes worthless: expected a one-call method, e.g. "
+            "the plan's rows read earlier calls, which a correction makes worthless, or make none: expected a one-call method, e.g. "
             "reverse_diffusion, ddpm, ddim"
         )
+    if isinstance(noise, Brownian):
+        raise ValueError(
+            "noise is a Brownian path, which has no draws for corrections: expected an int seed, per_sample or a torch.Generator"
+        )
     model, state, source, per_row = as_model(model), started(x), as_source(noise, len(x)), 1 + corrections
+    if len(state.x) == 0:
+        return state.x
     if denoise:
         plan = _without_last_noise(plan)
     rows, probe = rows_of(plan, model, state.x), _noise_of(plan)
@@ -93,19 +99,12 @@ def _without_last_noise(plan: Plan) -> Plan:
 
 def _noise_of(plan: Plan) -> Plan:
     """A plan whose rows leave the noise prediction itself in the place of x."""
-    zero, one = torch.zeros_like(plan.a), torch.ones_like(plan.b)
-    return replace(
-        plan,
-        a=zero,
-        b=one,
-        c=plan.c[:, :0],
-        predicts="noise",
-        scale=1.0,
-        variances=zero[:0],
-        consistent=False,
-    )
+    nothing = plan.a[:0]
+    a, b = torch.zeros_like(plan.a), torch.ones_like(plan.b)
+    as_noise = replace(plan, predicts="noise", scale=1.0, consistent=False)
+    return replace(as_noise, a=a, b=b, c=nothing, variances=nothing, second="")
 
 
 def _norm(x: Tensor) -> Tensor:
     """Of each sample, [B, 1, ...]."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).reshape(-1, *[1] * (x.ndim - 1))
+    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1).reshape(-1, *[1] * (x.ndim - 1))

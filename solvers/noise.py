@@ -15,9 +15,9 @@ from solvers.schedules import Schedule, float64
 Source = Callable[[int, Tensor], Tensor]
 Noise = Source | torch.Generator | int  # what a user may give
 STEPS, START, PATH = 0, 1, 2  # independent streams of one sample
-RESOLUTION = 2.0**-16  # down to which a Brownian path is halved
+RESOLUTION = 2.0**-24  # down to which a Brownian path is halved
 FARTHEST = 300.0  # T whose e^{2T} is still a number
-LEAST_STEP = 2.0**-14  # of its clock: below it the path's last halves would be seen
+LEAST_STEP = 2.0**-22  # of its clock: below it the path's last halves would be seen
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,10 @@ class PerSample:
             raise ValueError(
                 f"noise is for {len(self.ids)} samples, but the batch has {len(like)}: give one id per sample"
             )
-        return self._normals(STEPS, draw, like.shape[1:]).to(like)
+        normals = self._normals(STEPS, draw, like.shape[1:]).to(like.dtype)
+        if like.is_cuda:  # from pinned memory the copy does not wait for the device
+            return normals.pin_memory().to(like.device, non_blocking=True)
+        return normals.to(like.device)
 
     def initial(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normals [B, *shape] to start from, independent of every draw for a step."""
@@ -88,7 +91,7 @@ class Brownian:
     Attributes:
         seed: 0 <= seed < 2^63.
         ids: the samples' numbers, [B].
-        clock: T at the plan's times, [N+1], increasing.
+        clock: T at the plan's times, [N+1], not falling.
     """
 
     def __init__(self, seed: int, ids: Sequence[int], clock: Tensor):
@@ -101,9 +104,9 @@ class Brownian:
             raise ValueError(
                 f"clock has T = {self.clock[far][0]:g}: expected -{FARTHEST:g} to {FARTHEST:g}, or infinite ends"
             )
-        if self.clock.ndim != 1 or len(self.clock) < 2 or not (self.clock.diff() > 0).all():
+        if self.clock.ndim != 1 or len(self.clock) < 2 or not (self.clock.diff() >= 0).all():
             raise ValueError(
-                f"clock = {self.clock!s:.200}: expected T at the times of the plan, [N+1], increasing, e.g. clock=plan.half_logsnr for the "
+                f"clock = {self.clock!s:.200}: expected T at the times of the plan, [N+1], not falling, e.g. clock=plan.half_logsnr for the "
                 "reverse SDE"
             )
 
@@ -132,7 +135,7 @@ class Brownian:
         return (change / math.sqrt(-math.expm1(log_ratio))).to(like)
 
     def _scaled(self, clock: float, shape: Sequence[int]) -> Tensor:
-        """S = sqrt(1 + u) B at T: the bridge is halved, from its nearer end, down to 2^-16 of the distance from there."""
+        """S = sqrt(1 + u) B at T: the bridge is halved, from its nearer end, down to 2^-24 of the distance from there."""
         half, place = int(clock > 0), 1 / (1 + math.exp(2 * abs(clock)))  # v or 1 - v
         if place == 0:
             return torch.zeros(len(self.ids), *shape, dtype=torch.float64, device="cpu")
@@ -166,10 +169,10 @@ def brownian(seed: int, ids: Sequence[int], clock: Tensor) -> Brownian:
         seed: 0 <= seed < 2^63.
         ids: the samples' numbers, [B].
         clock: T = int tau^2 dlambda at the plan's times, [N+1], from anywhere: plan.half_logsnr for the reverse SDE (eta = 1), eta times it
-            for tau^2 = eta. Of one anchor for plans that are to share the path.
+            for tau^2 = eta, log(rho / phi(rho)) for `er_sde` with noise scale phi. Of one anchor for plans that are to share the path.
 
     Raises:
-        ValueError: the clock does not increase.
+        ValueError: the clock falls, or a step over which noise is drawn is below 2^-22.
     """
     return Brownian(seed, ids, clock)
 
@@ -199,6 +202,26 @@ def noised(x0: Tensor, schedule: Schedule, t: Tensor | float, noise: Tensor) -> 
     column = [-1] + [1] * (x0.ndim - 1)
     alpha, sigma = (level(t).to(x0).reshape(column) for level in (schedule.alpha, schedule.sigma))
     return alpha * x0 + sigma * noise
+
+
+def in_batches(noise: Noise, sizes: Sequence[int]) -> list[Source]:
+    """A source for each of some batches, which have one draw of a number each: of a seed the streams of their samples, else one after the other."""
+    total = sum(sizes)
+    source = as_source(noise, total)
+    if isinstance(source, PerSample):
+        if len(source.ids) != total:
+            raise ValueError(
+                f"noise is for {len(source.ids)} samples, but there are {total}: give one id per sample"
+            )
+        ends = np.cumsum(sizes).tolist()
+        return [
+            per_sample(source.seed, source.ids[end - n : end]) for n, end in zip(sizes, ends, strict=True)
+        ]
+
+    def part(k: int) -> Source:
+        return lambda draw, like: source(len(sizes) * draw + k, like)
+
+    return [part(k) for k in range(len(sizes))]
 
 
 def as_source(noise: Noise, batch: int) -> Source:

@@ -15,6 +15,7 @@ from solvers.arguments import choice, number
 from solvers.files import MAX_BYTES, MAX_COLUMNS, MAX_ROWS, text_of, values_of, write_whole
 from solvers.predictions import mixture
 
+SECONDS = ("range", "moments")
 FORMS = ("noise", "data", "velocity", "mixture")
 CONSISTENCY = 1e-10  # of the largest term; a table computed in float64 keeps about 1e-15
 
@@ -46,7 +47,9 @@ class Plan:
         turns: how many steps of `times` go against the way from first to last, declared so that a slip is refused: tableaux
             with a stage behind their last have one in each step, and so have rows that only add noise.
         variances: [N, 3]; (least, most, cap) of the variance of each row's own noise where the model's second output chooses
-            it, as `Model.variance` says; empty (the default) where c says it all.
+            it; empty (the default) where c says it all.
+        second: what that second output is: "range", between the logarithms of least and most, or "moments", the share from the one
+            to the other that Cov(eps | x) is; see `Model.variance`. Empty without variances.
         consistent: False for Euler's steps in t, whose rows carry alpha and sigma only up to the square of the step.
 
     Raises:
@@ -69,6 +72,7 @@ class Plan:
     shift: Tensor = field(default_factory=_none)
     turns: int = 0
     variances: Tensor = field(default_factory=_none)
+    second: str = ""
     consistent: bool = True
 
     def __post_init__(self) -> None:
@@ -237,7 +241,7 @@ class Plan:
         Raises:
             ValueError: not such a text: unknown, missing or repeated fields, numbers that are not finite, wrong sizes.
         """
-        scalars, lists = values_of(text, _SCALARS, vectors=_SAVED[:4], tables=_SAVED[4:])
+        scalars, lists = values_of(text, _SCALARS, {"times": 1, "alpha": 1, "sigma": 1, "a": 0}, _SAVED[4:])
         choice("predicts", scalars["predicts"], FORMS[:-1])
         turns, scale, consistent = scalars["turns"], scalars["scale"], scalars["consistent"]
         if not isinstance(scale, float):
@@ -246,7 +250,9 @@ class Plan:
             raise ValueError(f"turns = {turns!r:.100}: expected a whole number from 0 to {len(lists['a'])}")
         if not isinstance(consistent, bool):
             raise ValueError(f"consistent = {consistent!r:.100}: expected true or false")
-        arrays = {name: torch.tensor(v, dtype=torch.float64, device="cpu") for name, v in lists.items()}
+        arrays: dict[str, Any] = {
+            name: torch.tensor(v, dtype=torch.float64, device="cpu") for name, v in lists.items()
+        }
         return Plan(
             **arrays, predicts=scalars["predicts"], scale=scale, turns=int(turns), consistent=consistent
         )
@@ -274,8 +280,8 @@ class Plan:
     def _arrays(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in _ARRAYS)
 
-    def _form(self) -> tuple[str, float]:
-        return self.predicts, self.scale
+    def _form(self) -> tuple[str, float, str]:
+        return self.predicts, self.scale, self.second
 
     def place(self, call: int) -> tuple[str, float]:
         """What a state at this call must agree on to go on with the plan: the form of its outputs, and the time."""
@@ -312,6 +318,11 @@ class Plan:
                 raise ValueError(
                     f"{name} has shape {list(array.shape)}: expected [{expected}], as a has {rows} rows"
                 )
+        if self.second not in (SECONDS if self.variances.numel() else ("",)):
+            raise ValueError(
+                f"second = {self.second!r} with variances of shape {list(self.variances.shape)}: expected 'range' or 'moments' with variances, "
+                "and '' without"
+            )
         if (self.predicts == "mixture") != bool(self.mix.numel()):
             raise ValueError(
                 f"mix has shape {list(self.mix.shape)}: expected weights with predicts = 'mixture', and with it alone"
@@ -390,8 +401,8 @@ class Plan:
         return [parts[i][0] for i in first.tolist()], values[pick], expected[pick], off.any(0)
 
 
-_SCALARS = ("predicts", "scale", "turns", "consistent")
-_ARRAYS = tuple(f.name for f in fields(Plan) if f.name not in _SCALARS)
+_SCALARS = ("predicts", "scale", "turns", "consistent")  # that are saved
+_ARRAYS = tuple(f.name for f in fields(Plan) if f.name not in (*_SCALARS, "second"))
 _LEVELS, _SAVED = _ARRAYS[:3], _ARRAYS[:6]  # all but mix, shift and variances
 
 
@@ -445,7 +456,9 @@ def fold(x_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     steps, stages = x_weights.shape
     before = torch.cat([torch.ones_like(x_weights[:, :1]), x_weights[:, :-1]], 1)
-    ratio = x_weights / before
+    ratio = torch.where(
+        x_weights == 0, 0.0, x_weights / before
+    )  # 0 / 0 where all memory is lost within the step
     rest = weights - ratio[:, :, None] * torch.cat([torch.zeros_like(weights[:, :1]), weights[:, :-1]], 1)
     k, j = _positions(stages, stages)
     b = torch.where(j <= k, rest[:, k, (k - j).clamp(min=0)], 0.0)

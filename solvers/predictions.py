@@ -69,7 +69,7 @@ class Model:
             )
         choice("predicts", self.predicts, PREDICTIONS, ALIASES)
         if self.variance is not None:
-            choice("variance", self.variance, VARIANCES, {"learned_range": "range", "learned": "range"})
+            choice("variance", self.variance, VARIANCES, {"learned_range": "range"})
         if not 0 < number("sigma_data", self.sigma_data) < math.inf:
             raise ValueError(
                 f"sigma_data = {self.sigma_data}: expected the data's standard deviation, finite and above 0"
@@ -215,6 +215,8 @@ def centred(model: AnyModel, mean: Tensor) -> Model:
         ValueError: the model predicts something else.
     """
     model = as_model(model)
+    if not isinstance(mean, Tensor):
+        raise TypeError(f"mean is {type(mean).__name__}: expected a tensor [*D], e.g. torch.tensor(mean)")
     if model.predicts not in ("noise", "score", "data"):
         raise ValueError(
             f"predicts = {model.predicts!r}: expected noise, score or data; turn the others into one of these first, see `convert`"
@@ -224,7 +226,7 @@ def centred(model: AnyModel, mean: Tensor) -> Model:
     def net(x: Tensor, label: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         m = model.net(x + mean.to(x), label)
         if model.variance is None:
-            return m - moved * mean.to(m)
+            return m - moved * mean.to(x) if isinstance(m, Tensor) else m
         m, second = two_outputs(m, x, "the model of x - mean")
         return m - moved * mean.to(m), second
 
@@ -247,20 +249,8 @@ def predictor(model: AnyModel, schedule: Schedule, want: str) -> Callable[[Tenso
             raise ValueError(
                 f"a {model.predicts} prediction does not determine {want} at t = {times[undetermined][0]:g}"
             )
-        column = [-1] + [1] * (x.ndim - 1)
-        from_x, from_m, scale = (v.to(x).reshape(column) for v in (*weights, model.input_scale(*level)))
-        read = model.labels(times)
-        dtype = torch.long if isinstance(read[0], int) else x.dtype
-        labels = torch.tensor(read, dtype=dtype, device=x.device).expand(len(x))
-        m = model.net(scale * x, labels)
-        where = f"t = {times[0]:g}"
-        if model.variance is not None:
-            m, _ = two_outputs(m, x, where)
-        if not isinstance(m, Tensor) or m.shape != x.shape:
-            came = list(m.shape) if isinstance(m, Tensor) else type(m).__name__
-            raise ValueError(
-                f"the model returned {came} at {where}: expected {list(x.shape)}, the shape of x"
-            )
+        from_x, from_m = (v.to(x).reshape(-1, *[1] * (x.ndim - 1)) for v in weights)
+        m, _ = outputs_at(model, schedule, x, times)
         if x.requires_grad and torch.is_grad_enabled() and not m.requires_grad:
             raise ValueError(
                 "no gradient flows through the model: call it without torch.no_grad() and without detach()"
@@ -268,6 +258,29 @@ def predictor(model: AnyModel, schedule: Schedule, want: str) -> Callable[[Tenso
         return from_x * x + from_m * m
 
     return predict
+
+
+def outputs_at(model: Model, schedule: Schedule, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The network asked as `run` asks it: its prediction and, if it has one, its second output, each [B, ...].
+
+    Args:
+        model: the network.
+        schedule: noise schedule.
+        x: the states, [B, ...].
+        times: float64, [1] for all or [B].
+    """
+    scale = model.input_scale(schedule.alpha(times), schedule.sigma(times))
+    read = model.labels(times)
+    dtype = torch.long if isinstance(read[0], int) else x.dtype
+    labels = torch.tensor(read, dtype=dtype, device=x.device).expand(len(x))
+    m = model.net(scale.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x, labels)
+    second, where = None, f"t = {times[0]:g}"
+    if model.variance is not None:
+        m, second = two_outputs(m, x, where)
+    if not isinstance(m, Tensor) or m.shape != x.shape:
+        came = list(m.shape) if isinstance(m, Tensor) else type(m).__name__
+        raise ValueError(f"the model returned {came} at {where}: expected {list(x.shape)}, the shape of x")
+    return m, second
 
 
 def two_outputs(outputs: object, x: Tensor, where: str) -> tuple[Tensor, Tensor]:

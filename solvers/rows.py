@@ -9,9 +9,8 @@ from torch import Tensor
 from solvers.plan import Plan, nonzero
 from solvers.predictions import Model, conversion
 
-ScaledAdd = tuple[
-    Tensor, Any, Tensor, Any
-]  # (y, scale, u, weight), numbers: y <- scale y + weight u, in place
+# (y, scale, u, weight), numbers: y <- scale y + weight u, in place
+ScaledAdd = tuple[Tensor, Any, Tensor, Any]
 PIECE = 2**18  # elements of a state that a CPU's cache holds several times over
 
 
@@ -73,51 +72,31 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
     # x = (kept - from_m m) / from_x is as good as x itself unless its terms outgrow it
     growth = (from_m / from_x).abs() * torch.hypot(p, q) / torch.hypot(alpha, sigma)
     can_swap = [False] * plan.rows if formula else (growth < 4).tolist()
-    per_row = zip(
-        _labels(plan, model, called),
-        model.input_scale(plan.alpha[:-1], plan.sigma[:-1]).tolist(),
-        weights(a + b0 * from_x),
-        weights(b0 * from_m),
-        weights(plan.b),
-        nonzero(plan.b).tolist(),
-        plan.c.tolist(),
-        weights(torch.stack([from_x, from_m], 1)),
-        weights(torch.stack([b0 + a / from_x, -a * from_m / from_x], 1)),
-        weights(plan.shift) if plan.shift.numel() else [0.0] * plan.rows,
-        called.tolist(),
-        _variances(plan, model, (p, q)),
-        strict=True,
-    )
+    labels = _labels(plan, model, called)
+    scales = model.input_scale(plan.alpha[:-1], plan.sigma[:-1]).tolist()
+    x_weights, output_weights = weights(a + b0 * from_x), weights(b0 * from_m)
+    table, read, draws = weights(plan.b), nonzero(plan.b).tolist(), plan.c.tolist()
+    keep = weights(torch.stack([from_x, from_m], 1))
+    swap = weights(torch.stack([b0 + a / from_x, -a * from_m / from_x], 1))
+    shift = weights(plan.shift) if plan.shift.numel() else [0.0] * plan.rows
+    variances = _variances(plan, model, (p, q))
     return [
         Row(
-            label,
-            scale,
-            x_weight,
-            output_weight,
-            [(i - j, b[j]) for j, read in enumerate(used) if j and read],
-            [(i - k, w) for k, w in enumerate(c) if w],
-            (keep[0], keep[1]) if last[i] > i else None,
-            (swap[0], swap[1]) if last[i] > i and can_swap[i] else None,
-            [call for call in range(max(0, i - plan.window), i) if last[call] == i],
-            shift,
-            formula,
-            is_called,
-            variance,
+            label=labels[i],
+            input_scale=scales[i],
+            x_weight=x_weights[i],
+            output_weight=output_weights[i],
+            past=[(i - j, table[i][j]) for j in range(1, plan.window) if read[i][j]],
+            draws=[(i - k, weight) for k, weight in enumerate(draws[i]) if weight],
+            keep=(keep[i][0], keep[i][1]) if last[i] > i else None,
+            swap=(swap[i][0], swap[i][1]) if last[i] > i and can_swap[i] else None,
+            done=[call for call in range(max(0, i - plan.window), i) if last[call] == i],
+            shift=shift[i],
+            as_formula=formula,
+            is_called=last[i] >= i,
+            variance=variances[i],
         )
-        for i, (
-            label,
-            scale,
-            x_weight,
-            output_weight,
-            b,
-            used,
-            c,
-            keep,
-            swap,
-            shift,
-            is_called,
-            variance,
-        ) in enumerate(per_row)
+        for i in range(plan.rows)
     ]
 
 
@@ -138,12 +117,11 @@ def _variances(plan: Plan, model: Model, have: tuple[Tensor, Tensor]) -> list[Va
             "the plan leaves the variance of its noise to the model's second output: say what that is, Model(net, variance='range' | "
             "'square' | 'residual')"
         )
-    if model.variance == "range" and bool(
-        (empty := (plan.variances[:, 0] == 0) & (plan.variances[:, 1] > 0)).any()
-    ):
+    if (plan.second == "range") != (model.variance == "range"):
+        wanted = "'range'" if plan.second == "range" else "'square' or 'residual'"
         raise ValueError(
-            f"the plan's least variance is 0 in row {int(empty.nonzero()[0])}, whose logarithm no range has: take a plan with noise of its "
-            "own (eta above 0), or variance='square' | 'residual'"
+            f"the plan takes the model's second output for {plan.second}, but it is {model.variance!r}: expected Model(net, variance={wanted}), or "
+            f"a plan that reads it: {'extended_analytic_dpm' if plan.second == 'range' else 'ddpm with variance=' + repr('learned')}"
         )
     alpha, sigma = plan.alpha[:-1], plan.sigma[:-1]
     weights = conversion(have, (torch.zeros_like(alpha), torch.ones_like(alpha)), alpha, sigma)

@@ -31,7 +31,7 @@ class NonFiniteError(ArithmeticError):
     """A model returned NaN or an infinity.
 
     Attributes:
-        call: number of the call, from 0.
+        call: number of the row that made the call, from 0.
         time: its time t.
         half_logsnr: its half log-SNR.
         samples: the positions in the batch that were hit.
@@ -53,7 +53,7 @@ class State:
 
     Attributes:
         x: [B, ...], float32 or float64; it stands at plan.times[call].
-        call: the number of calls made.
+        call: the number of rows done, each of which is a call unless it only adds noise.
         outputs: by call, the outputs in the plan's form that later rows read, each [B, ...].
         draws: by draw, the noise that later rows read, each [B, ...].
         input_dtype: the dtype in which the network is called; None for that of x.
@@ -224,10 +224,11 @@ def execute(
     last_draw = last_use(plan.c)
     late = _is_read_late(x)
     norms, called = [_norm(x)] if late else [], []
-    calls = range(state.call, stop)
-    for i in tqdm(calls, disable=not progress, initial=state.call, total=stop, unit="call"):
-        row = rows[i]
-        deviation: Tensor | None = None
+    unit = _unit(plan)
+    for i in tqdm(range(state.call, stop), disable=not progress, initial=state.call, total=stop, unit=unit):
+        row, deviation = rows[i], None
+        if source is not None and (last_draw[i] >= i or row.variance):
+            draws[i] = drawn(source, i, x)
         if row.is_called:
             m, second = _call(plan, model, row, x, i, state.input_dtype or x.dtype, grad)
             if late:
@@ -250,14 +251,11 @@ def execute(
             x = new
         else:
             x = uncalled(row, x, outputs, reuse)
-        if source is not None:
-            if last_draw[i] >= i or deviation is not None:
-                draws[i] = drawn(source, i, x)
-            for draw, weight in row.draws:
-                x = x + weight * draws[draw] if grad else x.add_(draws[draw], alpha=weight)
-            if deviation is not None:
-                x = x + deviation * draws[i] if grad else x.addcmul_(deviation, draws[i])
-            draws = {draw: z for draw, z in draws.items() if last_draw[draw] > i}
+        for draw, weight in row.draws if source is not None else ():
+            x = x + weight * draws[draw] if grad else x.add_(draws[draw], alpha=weight)
+        if deviation is not None:
+            x = x + deviation * draws[i] if grad else x.addcmul_(deviation, draws[i])
+        draws = {draw: z for draw, z in draws.items() if last_draw[draw] > i}
         if callback is not None:
             callback(State(x, i + 1, dict(outputs), dict(draws), state.input_dtype, plan.place(i + 1)))
     if norms and not torch.stack(norms).isfinite().all():  # the one read-back
@@ -265,6 +263,11 @@ def execute(
         call = called[max(first - 1, 0)] if called else state.call
         raise _non_finite(plan, call, norms[first], state_was_finite=first > 0)
     return x
+
+
+def _unit(plan: Plan) -> str:
+    """What its rows are called: calls, unless some make none."""
+    return "call" if plan.nfe == plan.rows else "row"
 
 
 def _is_read_late(x: Tensor) -> bool:
@@ -283,7 +286,7 @@ def _non_finite(plan: Plan, call: int, norms: Tensor, state_was_finite: bool) ->
     blame = "is finite" if state_was_finite else "is not finite either"
     shown = ", ".join(map(str, samples[:10])) + (", ..." if len(samples) > 10 else "")
     return NonFiniteError(
-        f"the model's output is not finite in call {call} of {plan.rows} (t = {time:g}, half log-SNR = {half_logsnr:g}) for "
+        f"the model's output is not finite in {_unit(plan)} {call} of {plan.rows} (t = {time:g}, half log-SNR = {half_logsnr:g}) for "
         f"samples [{shown}]; the x it was given {blame}",
         call,
         time,
@@ -344,7 +347,7 @@ def _call(
 
 
 def _where(plan: Plan, call: int) -> str:
-    return f"call {call} of {plan.rows}, t = {plan.times[call]:g}"
+    return f"{_unit(plan)} {call} of {plan.rows}, t = {plan.times[call]:g}"
 
 
 def started(x: Tensor, grad: bool = False) -> State:

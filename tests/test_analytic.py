@@ -199,6 +199,43 @@ def test_the_optimal_trajectory_has_the_least_divergence_of_its_path():
     assert path_kl(sv.analytic_dpm(VP, best, GAMMA), DATA) <= min(divergences) + 1e-9
 
 
+def test_an_estimate_that_reaches_1_has_no_optimal_trajectory():
+    """A step from there would cost nothing, so one great step would look best; the estimate by "error" cannot reach it."""
+    x0, candidates = DATA.draw(300, generator(2)), sv.uniform(VP, 30)
+    square, error = (
+        sv.estimate_gamma(DATA.model(VP), VP, x0, candidates, 1, by=by) for by in ("square", "error")
+    )
+    with pytest.raises(
+        ValueError, match=r"gamma = 1\.\d+ at times\[\d+\] .* expected gamma < 1, as estimate_gamma"
+    ):
+        sv.optimal_trajectory(VP, candidates, square.values.flip(0)[:-1], 5)
+    found = sv.optimal_trajectory(VP, candidates, error, 5)
+    assert cost(found, GAMMA) < cost(sv.optimal_trajectory(VP, candidates, GAMMA, 5), GAMMA) + 0.05
+    with pytest.raises(ValueError, match="alpha = 0"):
+        sv.optimal_trajectory(sv.Flow(), sv.uniform(sv.Flow(), 10), torch.full((10,), 0.5), 4)
+
+
+def test_a_path_without_noise_is_infinitely_far():
+    flow = sv.Flow(start=0.9)
+    assert path_kl(sv.ddpm(flow, sv.uniform(flow, 4)), DATA) == math.inf
+    assert path_kl(sv.ddim(VP, sv.logsnr(VP, 4)), DATA) == math.inf
+    assert path_kl(sv.euler_maruyama(VP, sv.logsnr(VP, 4), eta=0.0), DATA) == math.inf
+    with pytest.raises(ValueError, match="whose noise c alone weighs"):
+        path_kl(sv.extended_analytic_dpm(VP, sv.logsnr(VP, 4)), DATA)
+
+
+def test_the_estimate_is_the_same_in_any_batches_of_a_seed():
+    x0, times = DATA.draw(7, generator(2)), sv.logsnr(VP, 3)
+    whole, parts = (
+        sv.estimate_gamma(DATA.model(VP), VP, x0, times, noise=4, batch_size=size) for size in (7, 2)
+    )
+    assert torch.allclose(whole.values, parts.values, rtol=1e-12)
+    for noise in (torch.Generator().manual_seed(1), lambda draw, like: torch.sin(like + draw)):
+        assert sv.estimate_gamma(DATA.model(VP), VP, x0, times, noise, batch_size=3).values.isfinite().all()
+    with pytest.raises(ValueError, match="noise is for 3 samples, but there are 7"):
+        sv.estimate_gamma(DATA.model(VP), VP, x0, times, sv.noise.per_sample(0, range(3)))
+
+
 def test_a_discrete_network_of_a_thousand_levels_gets_its_trajectory_on_its_levels():
     schedule = sv.Discrete.linear(1000)
     levels = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000

@@ -200,6 +200,19 @@ def test_the_stochastic_family_is_compared_by_its_exact_law(laws):
     assert runs["analytic_ddpm", 10]["error"] < runs["ddpm", 10]["error"]
 
 
+def test_all_solvers_are_those_of_the_comparison(monkeypatch, tmp_path):
+    asked = {}
+
+    def stop(names, *rest):
+        asked["names"] = names
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "candidates", stop)
+    for options in ((), ("--stochastic",)):
+        call("compare", "--solvers", "all", *options, "--out", tmp_path)
+        assert asked["names"] == ([*comparison.BUILDS, comparison.FAST] if options else cli.SOLVERS)
+
+
 def test_stochastic_solvers_without_their_option_or_with_a_model_are_refused(mine):
     result = call("compare", "--solvers", "ddim,ddpm")
     assert result.exit_code == 2
@@ -207,9 +220,16 @@ def test_stochastic_solvers_without_their_option_or_with_a_model_are_refused(min
         "ddpm is stochastic: no run of it has an exact answer; compare the laws with --stochastic"
         in result.words
     )
+    for option, value in (("--error", "rms"), ("--reference-calls", 30)):
+        assert (
+            f"{option}: it has no use with --stochastic"
+            in call("compare", "--stochastic", option, value).words
+        )
+    result = call("sample", "--solver", "analytic_ddim", "--model", "my_model:load")
+    assert "analytic_ddim needs gamma of your data" in result.words
     result = call("compare", "--stochastic", "--model", "my_model:load")
     assert result.exit_code == 2
-    assert "the law of a sampler is known on Gaussian data alone" in result.words
+    assert "it has no use with --stochastic" in result.words
 
 
 def test_sample_draws_the_noise_of_a_stochastic_solver_from_the_seed(tmp_path):

@@ -58,8 +58,8 @@ def test_the_order_in_law_holds_on_the_whole_range(name):
 
 @pytest.mark.parametrize("eta", [0.2, 1.0, 2.0])
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-def test_a_corrector_with_the_predictor_s_noise_has_second_order_in_law_for_any_tau(order, eta):
-    """Of one draw of noise for each step no more is possible; without noise it is order + 1."""
+def test_a_corrector_with_the_predictor_s_noise_has_at_least_second_order_in_law_for_any_tau(order, eta):
+    """In the limit no more: some pass through 3 on their way. Without noise it is order + 1."""
     build = partial(sv.sa_solver, order=order, corrector=order + 1, tau=lambda t: eta + 0.3 * t)
     measured, _ = order_in_law(build, even, (160, 320))
     assert measured > 1.85
@@ -69,7 +69,7 @@ def test_a_corrector_with_the_predictor_s_noise_has_second_order_in_law_for_any_
 def test_without_noise_a_corrector_raises_the_order_by_one(order):
     build = partial(sv.sa_solver, order=order, corrector=order + 1, tau=0.0)
     measured, _ = order_in_law(build, even, (160, 320))
-    assert measured == pytest.approx(order + 1 if order < 3 else 3.5, abs=0.2 if order < 3 else 0.7)
+    assert measured == pytest.approx(min(order + 1, 3), abs=0.2)  # begun by orders 1, 2
 
 
 # Noise
@@ -173,13 +173,13 @@ def test_little_noise_is_nearly_the_ode_method(name):
     """The deterministic weights depend on tau^2 smoothly, the noise's on tau."""
     times = sv.logsnr(VP, 6)
     bare, little = (NEARLY[name](e)(VP, times) for e in (0.0, 1e-8))
+    assert 0 < little.c.max() < 1e-3
     if name == "ancestral":  # with rows of noise between the steps
         outer = law(bare, DATA), law(little, DATA)
         assert wasserstein2(*outer) < 1e-7
         return
     assert (little.a - bare.a).abs().max() < 1e-7
     assert (little.b - bare.b).abs().max() < 1e-7
-    assert 0 < little.c.max() < 1e-3
 
 
 def test_constant_tau_is_eta_and_every_first_order_method_is_ddpm():
@@ -231,7 +231,7 @@ PLACES = {
     "subvp": (sv.SubVP(), sv.quadratic),
 }
 NEEDS_DATA = {
-    "euler_maruyama", "analytic_ddpm", "analytic_ddim", "dpm_solver_sde_1", "dpm_solver_sde_2", "ancestral_heun", "churn_heun",
+    "euler_maruyama", "reverse_diffusion", "analytic_ddpm", "analytic_ddim", "dpm_solver_sde_1", "dpm_solver_sde_2", "ancestral_heun", "churn_heun",
 }  # fmt: skip
 
 
@@ -245,19 +245,29 @@ def test_few_steps_are_finite_on_every_schedule(name, place):
             with pytest.raises(ValueError, match="alpha = 0"):
                 SDES[name].build(schedule, times)
             continue
-        if name.startswith("ancestral") and place == "ve" and steps < 7:
-            continue  # down to less noise than the schedule has; see below
         plan = SDES[name].build(schedule, times)
         net = DATA.model(schedule, "velocity")
         x = plan.alpha[0] * DATA.mean + plan.sigma[0] * torch.linspace(-2, 2, 15).double().reshape(5, 3)
         end = sv.run(plan, sv.Model(net, predicts="velocity"), x, noise=0)
         assert end.isfinite().all(), (name, steps)
+        if plan.sigma[-1] == 0:
+            assert (plan.c[-1] == 0).all()  # no noise is left on a sample
 
 
-def test_ancestral_steps_below_the_schedules_noise_are_refused():
+def test_where_the_schedule_ends_ancestral_steps_end_too():
+    """k-diffusion's eta = 1 asks for rho_t^2 / rho_s, below VE's least noise in the last step; the law stays the ODE's."""
     ve = sv.VE()
-    with pytest.raises(ValueError, match="beyond the schedule's: take more steps or a smaller eta"):
-        sv.ancestral(ve, sv.logsnr(ve, 1, stop=0.3))
+    plan = sv.ancestral(ve, sv.logsnr(ve, 12), sv.ddim)
+    whole = sv.ddim(ve, sv.logsnr(ve, 12), eta=1.0)
+    last = int((~plan.is_called).nonzero().max())
+    assert plan.nfe == 12
+    assert plan.times.min() == ve.stop
+    for i in range(last // 2):
+        pair = plan[2 * i : 2 * i + 2]
+        weights = pair.a.prod(), (pair.a[1] * pair.b[0, 0] + pair.b[1, 0]), (pair.c**2).sum().sqrt()
+        expected = whole.a[i], whole.b[i, 0], whole.c[i, 0]
+        for got, wanted in zip(weights, expected, strict=True):
+            assert got.item() == pytest.approx(wanted.item(), rel=1e-10)
 
 
 # Runs
@@ -265,15 +275,19 @@ def test_ancestral_steps_below_the_schedules_noise_are_refused():
 
 @pytest.mark.parametrize("name", SDES)
 def test_runs_have_the_law_of_the_table(name):
-    """Mean and variance of each element over 2e4 samples, within 4.5 standard errors; noise 2 % off would show."""
+    """Mean and variance of each element over 1e5 samples, within 4.5 standard errors; noise 5 % off shows."""
     plan = SDES[name].build(VP, sv.logsnr(VP, 4))
     start = DATA.marginal(plan.alpha[0].item(), plan.sigma[0].item())
     draws = torch.Generator().manual_seed(3)
-    x = sv.run(plan, DATA.model(VP), start.draw(20_000, draws), noise=draws)
-    exact = law(plan, DATA)
-    variance = exact.cov.diagonal()
-    assert ((x.mean(0) - exact.mean).abs() < 4.5 * (variance / len(x)).sqrt()).all()
-    assert ((x.var(0) / variance - 1).abs() < 4.5 * (2 / len(x)) ** 0.5).all()
+    x = sv.run(plan, DATA.model(VP), start.draw(100_000, draws), noise=draws)
+
+    def agrees(exact):
+        variance = exact.cov.diagonal()
+        near = (x.mean(0) - exact.mean).abs() < 4.5 * (variance / len(x)).sqrt()
+        return (near & ((x.var(0) / variance - 1).abs() < 4.5 * (2 / len(x)) ** 0.5)).all()
+
+    assert agrees(law(plan, DATA))
+    assert not agrees(law(dataclasses.replace(plan, c=1.05 * plan.c), DATA))
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -322,6 +336,23 @@ BAD = {
         lambda t: sv.er_sde(VP, t, noise_scale=lambda rho: rho * float("nan")),
         "noise_scale",
     ),
+    "tau too few": (lambda t: sv.sa_solver(VP, t, tau=lambda t: t[:1]), "for each of the 5 steps"),
+    "noise scale of another shape": (
+        lambda t: sv.er_sde(VP, t, noise_scale=lambda rho: rho[:1]),
+        "noise_scale gave",
+    ),
+    "noise scale in float32": (
+        lambda t: sv.er_sde(VP, t, noise_scale=lambda rho: rho.float()),
+        "torch.float32",
+    ),
+    "noise scale that is a number": (
+        lambda t: sv.er_sde(VP, t, noise_scale=lambda rho: 2.0),
+        "noise_scale gave float",
+    ),
+    "no alpha for reverse_diffusion": (
+        lambda t: sv.reverse_diffusion(sv.Flow(), sv.uniform(sv.Flow(), 3)),
+        "alpha = 0",
+    ),
     "no alpha": (lambda t: sv.euler_maruyama(sv.Flow(), sv.uniform(sv.Flow(), 3)), "alpha = 0"),
 }
 
@@ -332,6 +363,21 @@ def test_bad_options_are_refused_by_name_and_value(name):
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         act(sv.logsnr(VP, 5))
     assert words in str(refusal.value)
+
+
+def test_a_tau_function_may_give_one_number_and_a_noise_scale_must_be_a_function():
+    times = sv.logsnr(VP, 5)
+    assert sv.sa_solver(VP, times, tau=lambda t: 0.5) == sv.sa_solver(VP, times, tau=0.5)
+    with pytest.raises(TypeError, match=r"noise_scale = 1\.0: expected a function of rho"):
+        sv.er_sde(VP, times, noise_scale=1.0)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_memory_lost_within_a_step_is_no_error(order):
+    """tau so great that e^{-T} is 0: every row lands on the prediction and fresh noise."""
+    plan = sv.seeds(VP, sv.logsnr(VP, 3), order, eta=1e4)
+    assert (plan.a == 0).all()
+    assert torch.allclose(plan.c[:, 0], plan.sigma[1:], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", SDES)

@@ -16,7 +16,7 @@ from solvers.grids import given
 from solvers.methods.exponential import Levels, refuse_upwards
 from solvers.methods.multistep import first_order_step
 from solvers.methods.stochastic import ddpm
-from solvers.noise import Noise, as_source, noised
+from solvers.noise import Noise, in_batches, noised
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, predictor
 from solvers.schedules import Schedule
@@ -158,9 +158,8 @@ def extended_analytic_dpm(
     cap = torch.minimum(cap, deviation**2 + weight**2 * limit)
     most = torch.where(cap > 0, most, 0.0)
     variances = torch.stack([least, most, cap], 1)
-    return Plan(
-        levels.times, levels.alpha, levels.sigma, a, weight[:, None], predicts="data", variances=variances
-    )
+    start = levels.times, levels.alpha, levels.sigma, a, weight[:, None]
+    return Plan(*start, predicts="data", variances=variances, second="moments")
 
 
 def ml_sde(
@@ -193,13 +192,23 @@ def optimal_trajectory(
     Args:
         schedule: noise schedule.
         times: candidates, [M + 1], M >= steps, e.g. all levels of a Discrete schedule.
-        gamma: at each candidate but the last, [M], or a function; see `analytic_dpm`.
+        gamma: below 1, at each candidate but the last, [M], or a function; see `analytic_dpm`.
         steps: of the trajectory.
+
+    Raises:
+        ValueError: gamma is not below 1, or alpha = 0 at the first time.
     """
     levels = Levels.of(schedule, times)
+    _refuse_no_data(levels)
     count = len(levels.times) - 1
     whole("steps", steps, 1, count)
-    square, lam = _at_calls(gamma, levels).clamp(0, 1), levels.half_logsnr
+    square, lam = _at_calls(gamma, levels).clamp(min=0), levels.half_logsnr
+    if (square >= 1).any():
+        m = int((square >= 1).nonzero()[0])
+        raise ValueError(
+            f"gamma = {square[m]:.6g} at times[{m}] = {levels.times[m]:g}: a step from there would cost nothing, so no trajectory is optimal; "
+            "expected gamma < 1, as estimate_gamma(..., by='error') gives it"
+        )
     h = (lam[None, :] - lam[:-1, None]).clamp(min=0)
     cost = torch.log1p(torch.expm1(-2 * h) * square[:, None])  # [s, t]
     cost[torch.tril(torch.ones_like(cost, dtype=torch.bool))] = math.inf
@@ -237,7 +246,7 @@ def estimate_gamma(
         times: where to estimate, [M], M >= 2, strictly decreasing, with finite half log-SNR.
         noise: an int seed, a torch.Generator or a noise source, for samples 0 .. n-1.
         by: "error" | "square".
-        batch_size: samples in a call.
+        batch_size: samples in a call, and in memory beside x0.
         progress: show a progress bar.
 
     Returns:
@@ -257,21 +266,23 @@ def estimate_gamma(
     levels = Levels.at(schedule, given(schedule, times))
     if levels.half_logsnr.isinf().any():
         raise ValueError("times has an end of infinite half log-SNR: give ends with alpha > 0 and sigma > 0")
-    source, noise_at = as_source(noise, len(x0)), predictor(model, schedule, "noise")
+    noise_at, batches = predictor(model, schedule, "noise"), x0.split(batch_size)
+    sources = in_batches(noise, [len(batch) for batch in batches])
     mean, spread = torch.empty(2, len(levels.times), dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for m in tqdm(range(len(levels.times)), disable=not progress, desc="gamma", unit="time"):
-            drawn = source(m, x0)
-            x = noised(x0, schedule, levels.times[m], drawn)
-            parts = [noise_at(part, levels.times[m]) for part in x.split(batch_size)]
-            if by == "square":
-                values = torch.cat([_mean_square(eps) for eps in parts])
-            else:
-                pairs = zip(drawn.split(batch_size), parts, strict=True)
-                values = 1 - torch.cat([_mean_square(true - eps) for true, eps in pairs])
-                known = _mean_square(drawn) - 1
+            rows = []  # of each sample: the square asked for, and that of the noise
+            for batch, source in zip(batches, sources, strict=True):
+                drawn = source(m, batch)
+                eps = noise_at(noised(batch, schedule, levels.times[m], drawn), levels.times[m])
+                rows.append(
+                    torch.stack([_mean_square(drawn - eps if by == "error" else eps), _mean_square(drawn)])
+                )
+            values, known = torch.cat(rows, 1)
+            if by == "error":
                 apart = known - known.mean()
-                values = values - (values @ apart) / (apart @ apart) * known
+                values = 1 - values
+                values = values - (values @ apart) / (apart @ apart) * (known - 1)
             if not values.isfinite().all():
                 raise ValueError(f"the model's answer at t = {levels.times[m]:g} is not finite")
             mean[m], spread[m] = values.mean(), values.std() / math.sqrt(len(x0))
@@ -281,6 +292,14 @@ def estimate_gamma(
 def _mean_square(x: Tensor) -> Tensor:
     """Of each sample, [B] float64 on the host."""
     return x.double().square().flatten(1).mean(1).cpu()
+
+
+def _refuse_no_data(levels: Levels) -> None:
+    if levels.alpha[0] == 0:
+        raise ValueError(
+            f"times[0] = {levels.times[0]:g} has alpha = 0, where the noise prediction says nothing of the variance of the data: start "
+            f"below it, e.g. start={levels.times[0] * 0.999:g}"
+        )
 
 
 def _at_calls(gamma: Tensor | Callable[[Tensor], Tensor], levels: Levels) -> Tensor:
@@ -302,11 +321,7 @@ def _bounded(
     if not (number("limit", limit) > 0 and 0 <= number("pixels", pixels) < math.inf):
         raise ValueError(f"limit = {limit}, pixels = {pixels}: expected limit > 0 and pixels from 0, finite")
     levels = Levels.of(schedule, times)
-    if (levels.alpha[:-1] == 0).any():
-        raise ValueError(
-            f"times[0] = {levels.times[0]:g} has alpha = 0, where the noise prediction says nothing of the variance of the data: start "
-            f"below it, e.g. start={levels.times[0] * 0.999:g}"
-        )
+    _refuse_no_data(levels)
     a, weight, deviation = first_order_step(levels, eta)
     refuse_upwards(levels)
     cap = torch.full_like(a, math.inf)

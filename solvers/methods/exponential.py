@@ -17,9 +17,8 @@ FORMS = ("noise", "data", "velocity")
 VARIABLES = ("half_logsnr", "t", "sigma", "angle")
 NATURAL = {"noise": "sigma", "velocity": "angle"}  # the variable that is the form's natural time
 RATE = {"noise": 1.0, "data": -1.0}  # of the kernel exp(rate (lam_t - lam))
-Clock = Callable[
-    [Tensor], Tensor
-]  # half log-SNR -> T, the integral of tau^2 over half log-SNR, from anywhere
+# half log-SNR -> T, the integral of tau^2 over half log-SNR, from anywhere
+Clock = Callable[[Tensor], Tensor]
 GAUSS_POINTS = 64  # exact to rounding over steps of half log-SNR up to 10, where the integrands are analytic
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import number, whole
-from solvers.grids import given, has_levels, karras
+from solvers.grids import given, has_levels, karras, trailing
 from solvers.methods.exponential import Levels, refuse_upwards
 from solvers.methods.singlestep import heun
 from solvers.plan import Plan, joined
 from solvers.schedules import Schedule
 
 Build = Callable[[Schedule, Tensor], Plan]
-TRIED = 4  # steps on which it is seen whether a method reads calls of earlier steps
+TRIED = 8  # steps on which it is seen whether a method reads calls of earlier steps
 
 
 def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: float = 1.0) -> Plan:
@@ -23,7 +23,7 @@ def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: floa
 
     Order of the method, in law, and also above 2: if the ODE's step is exact, so is the law, whatever the step; as many calls per step
     as the method's; SDE; the method's form. With rho_down = rho_t sqrt(1 - q^2), q^2 = eta^2 (1 - e^{-2h}); with DDIM it is `ddim`
-    of that eta.
+    of that eta. Where the schedule ends before rho_down (VE, LogSNR) a step goes down to its end, and less noise is added.
     Source: Katherine Crowson's k-diffusion, get_ancestral_step, as in sample_dpmpp_2s_ancestral.
 
     Args:
@@ -40,7 +40,7 @@ def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: floa
     lam = levels.half_logsnr
     down = lam[1:] - torch.log1p(eta**2 * torch.expm1(-2 * lam.diff())) / 2
     ends = torch.where(levels.sigma[1:] == 0, levels.times[1:], schedule.time(down))
-    _inside("ancestral", schedule, ends, "take more steps or a smaller eta, or end the grid earlier")
+    ends = _within(schedule, ends, schedule.stop)
     pieces = [
         _built(method, schedule, torch.stack([s, end]))
         for s, end in zip(levels.times[:-1], ends, strict=True)
@@ -60,8 +60,8 @@ def churn(
     """EDM's stochastic sampler with any one-step ODE method: before a step noise is added, up to rho (1 + gamma).
 
     Order of the method, in law, with noise_scale = 1; as many calls per step as the method's; SDE; the method's form. gamma =
-    min(amount / steps, sqrt(2) - 1) in steps that begin between the times `low` and `high`, else 0. On a Discrete schedule the noisier
-    level is the nearest that the network knows.
+    min(amount / steps, sqrt(2) - 1) in steps that begin between the times `low` and `high`, else 0. No level is
+    noisier than a bounded schedule's start; on a Discrete one it is the nearest that the network knows.
     Source: Karras et al. 2022 (arXiv 2206.00364), algorithm 2; there amount is S_churn, low S_tmin, high S_tmax, noise_scale S_noise,
     40, 0.05, 50, 1.003 on ImageNet.
 
@@ -71,7 +71,7 @@ def churn(
         method: (schedule, times) -> plan of an ODE method that reads no call of an earlier step.
         amount: S_churn, from 0, where the plan is the method's.
         low: least time that is churned.
-        high: greatest time that is churned; of a schedule that ends where the grid starts it must lie below.
+        high: greatest time that is churned.
         noise_scale: of the added noise; a little above 1 makes up for networks that take out too much.
     """
     for name, value in (("amount", amount), ("noise_scale", noise_scale)):
@@ -90,7 +90,7 @@ def churn(
         count = schedule.levels  # type: ignore[attr-defined]
         noisier = ((noisier * count).round() / count).clamp(max=schedule.start)
     noisier = torch.where(churned, torch.maximum(noisier, starts), starts)
-    _inside("churn", schedule, noisier, f"leave out the first steps, e.g. high={0.9 * float(starts[0]):g}")
+    noisier = _within(schedule, noisier, schedule.start)
     pieces = [
         _built(method, schedule, torch.stack([begin, t]))
         for begin, t in zip(noisier, levels.times[1:], strict=True)
@@ -104,7 +104,7 @@ def restart(
     intervals: Sequence[tuple[float, float, int, int]],
     method: Build = heun,
     noise_scale: float = 1.0,
-    grid: Callable[..., Tensor] = karras,
+    grid: Callable[..., Tensor] | None = None,
 ) -> Plan:
     """Restart sampling with any ODE method: at some times noise is added back and the way down taken again, some times over.
 
@@ -120,13 +120,14 @@ def restart(
             to the time `high` and `steps` steps are taken down again, `repeats` times over.
         method: (schedule, times) -> plan of any ODE method.
         noise_scale: of the added noise; the authors take 1.003.
-        grid: (schedule, steps, start=, stop=) -> times of an interval.
+        grid: (schedule, steps, start=, stop=) -> times of an interval; by default `karras`, on a Discrete schedule `trailing`.
     """
     if not 0 <= number("noise_scale", noise_scale) < math.inf:
         raise ValueError(f"noise_scale = {noise_scale}: expected a finite number from 0")
-    if not callable(grid):
+    spacing: Callable[..., Tensor] = grid or (trailing if has_levels(schedule) else karras)
+    if not callable(spacing):
         raise TypeError(
-            f"grid = {grid!r:.100}: expected (schedule, steps, start=, stop=) -> times, e.g. sv.karras"
+            f"grid = {spacing!r:.100}: expected (schedule, steps, start=, stop=) -> times, e.g. sv.karras"
         )
     if not isinstance(intervals, Sequence):
         raise TypeError(f"intervals = {intervals!r:.100}: expected a list, e.g. [(0.05, 0.3, 3, 2)]")
@@ -152,7 +153,7 @@ def restart(
             raise ValueError(
                 f"interval = {interval}: the grid point nearest to its low has sigma = 0; give a low that is nearer to another"
             )
-        inner = grid(schedule, steps, start=high, stop=points[node].item())
+        inner = spacing(schedule, steps, start=high, stop=points[node].item())
         again.setdefault(node, []).extend([inner] * repeats)
     pieces, first = [], 0
     for node in sorted(again):
@@ -192,14 +193,13 @@ def _checked(name: str, schedule: Schedule, times: Tensor, method: Build) -> Lev
     return levels
 
 
-def _inside(name: str, schedule: Schedule, times: Tensor, advice: str) -> None:
-    """Refuse times that the schedule does not have."""
+def _within(schedule: Schedule, times: Tensor, end: float) -> Tensor:
+    """The times, or where the schedule has none there, its end."""
     try:
         schedule.half_logsnr(times)
-    except ValueError as error:
-        raise ValueError(
-            f"{name} asks for times from {float(times.min()):g} to {float(times.max()):g}, beyond the schedule's: {advice}"
-        ) from error
+    except ValueError:
+        return times.clamp(min=end) if end == schedule.stop else times.clamp(max=end)
+    return times
 
 
 def _joined(
@@ -233,9 +233,14 @@ def _noise(level: Tensor, end: Tensor, like: Plan, noise_scale: float) -> Plan:
     _, alpha_t, sigma_t = end
     a = alpha_t / alpha_s
     weight = noise_scale * torch.sqrt((sigma_t - a * sigma_s) * (sigma_t + a * sigma_s))
-    times, alpha, sigma = torch.stack([level, end], 1)
-    b = like.b.new_zeros(1, 1)
-    return Plan(times, alpha, sigma, a[None], b, weight.reshape(1, 1), like.predicts, like.scale)
+    row = like[:1]  # whose form, mixture and dimensions it has
+    levels = dict(zip(("times", "alpha", "sigma"), torch.stack([level, end], 1), strict=True))
+    own = {
+        "a": a * torch.ones_like(row.a),
+        "b": torch.zeros_like(row.b),
+        "shift": torch.zeros_like(row.shift),
+    }
+    return replace(row, **levels, **own, c=weight.reshape(1, 1), turns=0)
 
 
 def _from(level: Tensor, plan: Plan) -> Plan:

@@ -171,14 +171,10 @@ def _runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: For
     turns = len(h) * sum(
         c < before for before, c in zip(tableau.positions[:-1], tableau.positions[1:], strict=True)
     )
-    between = list(
-        zip(calls, [*calls[1:], t], strict=True)
-    )  # each row adds the noise of its own part of the step
-    c = (
-        a.new_zeros(0)
-        if form.clock is None
-        else torch.stack([noise_weight(form, *ends) for ends in between], 1).reshape(-1, 1)
-    )
+    c = a.new_zeros(0)
+    if form.clock is not None:  # each row adds the noise of its own part of the step
+        parts = zip(calls, [*calls[1:], t], strict=True)
+        c = torch.stack([noise_weight(form, *ends) for ends in parts], 1).reshape(-1, 1)
     return Plan(*at_calls(calls, t), a, b, c, form.predicts, form.scale, turns=turns)
 
 

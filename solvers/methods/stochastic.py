@@ -52,13 +52,14 @@ def ddpm(schedule: Schedule, times: Tensor, variance: str = "small") -> Plan:
     if variance == "large":
         return replace(plan, c=torch.sqrt(large)[:, None])
     cap = torch.where(large > 0, math.inf, 0.0)
-    return replace(plan, c=plan.c[:, :0], variances=torch.stack([plan.c[:, 0] ** 2, large, cap], 1))
+    variances = torch.stack([plan.c[:, 0] ** 2, large, cap], 1)
+    return replace(plan, c=plan.c[:, :0], variances=variances, second="range")
 
 
 def euler_maruyama(schedule: Schedule, times: Tensor, eta: float = 1.0) -> Plan:
     """Euler-Maruyama: one step in t of dx = [f x - (1 + eta) / 2 g^2 s] dt + sqrt(eta) g dw, s the score.
 
-    Order 1; 1 call per step; SDE; noise form.
+    Order 1; 1 call per step; SDE; noise form. A step to sigma = 0 adds no noise.
     Source: Song et al. 2021 (arXiv 2011.13456), eq. 6, with g scaled as in appendix D.3's family. Differs: dt is the grid's
     step; the released code takes 1 / N on a grid of N points.
 
@@ -71,16 +72,12 @@ def euler_maruyama(schedule: Schedule, times: Tensor, eta: float = 1.0) -> Plan:
     levels = Levels.of(schedule, times)
     refuse_upwards(levels)
     s, dt = levels[:-1], levels.times.diff()
-    if (s.alpha == 0).any():
-        raise ValueError(
-            f"times[0] = {s.times[0]:g} has alpha = 0, where f = alpha' / alpha is infinite: start below it, e.g. "
-            f"start={s.times[0] * 0.999:g}"
-        )
+    _refuse_no_data(levels)
     alpha_dot, sigma_dot = path_derivative(schedule, s.times, s.alpha, s.sigma)
     f = alpha_dot / s.alpha
     g2 = 2 * s.sigma * (sigma_dot - f * s.sigma)
     b = (1 + eta) / 2 * g2 / s.sigma * dt
-    c = torch.sqrt(eta * g2 * -dt)[:, None]
+    c = torch.where(levels.sigma[1:] == 0, 0.0, torch.sqrt(eta * g2 * -dt))[:, None]
     return Plan(
         levels.times, levels.alpha, levels.sigma, 1 + f * dt, b[:, None], c, "noise", consistent=False
     )
@@ -99,6 +96,7 @@ def reverse_diffusion(schedule: Schedule, times: Tensor) -> Plan:
     """
     levels = Levels.of(schedule, times)
     refuse_upwards(levels)
+    _refuse_no_data(levels)
     s, t = levels[:-1], levels[1:]
     g2 = s.sigma**2 * -torch.expm1(-2 * (t.half_logsnr - s.half_logsnr))
     c = torch.where(t.sigma == 0, 0.0, torch.sqrt(g2))[:, None]
@@ -177,7 +175,8 @@ def sa_solver(
         whole("corrector", corrector, 2, MAX_ORDER + 1)
     choice("final", final, FINALS)
     levels = Levels.of(schedule, times)
-    taus = numbers("tau", tau(levels.times[1:]) if callable(tau) else [tau] * (len(levels.times) - 1))
+    taus = numbers("tau", tau(levels.times[1:]) if callable(tau) else tau)
+    taus = taus.expand(len(levels.times) - 1) if taus.ndim == 0 else taus
     if taus.shape != levels.times[1:].shape or not (taus.isfinite() & (taus >= 0)).all():
         raise ValueError(
             f"tau = {taus!s:.200}: expected a finite number from 0 for each of the {len(levels.times) - 1} steps"
@@ -234,7 +233,8 @@ def er_sde(
     Order 1 in law at order 1, else 2; 1 call per step; SDE; data form. Its stochasticity is 1 + tau^2 = d log phi / d log rho: rho is
     the ODE, rho^2 the reverse SDE.
     Source: Cui et al. 2023 (arXiv 2309.06169), algorithms 1 to 3 and eq. 12. Differs: the released third order lacks a term of its
-    first difference, integrates by a sum of 100 terms and drops variances below 1e-6; here all are exact.
+    first difference, integrates by a sum of 100 terms and drops variances below 1e-6; here all are exact. Its clock, for
+    `noise.brownian`, is log(rho / phi(rho)).
 
     Args:
         schedule: noise schedule.
@@ -245,9 +245,18 @@ def er_sde(
     """
     whole("order", order, 1, 3)
 
+    if not callable(noise_scale):
+        raise TypeError(
+            f"noise_scale = {noise_scale!r:.100}: expected a function of rho [n] -> [n], e.g. lambda rho: rho**2"
+        )
+
     def clock(lam: Tensor) -> Tensor:
-        lam = lam.clamp(-FAR, FAR)
-        return -lam - torch.log(noise_scale(torch.exp(-lam)))
+        rho = torch.exp(-lam.clamp(-FAR, FAR))
+        scale = noise_scale(rho)
+        if not isinstance(scale, Tensor) or (scale.shape, scale.dtype) != (rho.shape, torch.float64):
+            came = f"{scale.dtype} {list(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
+            raise ValueError(f"noise_scale gave {came}: expected float64 {list(rho.shape)}, as rho is")
+        return torch.log(rho) - torch.log(scale)
 
     levels = Levels.of(schedule, times, clock)
     refuse_upwards(levels)
@@ -265,6 +274,14 @@ def er_sde(
             schedule, replace(levels, clock=None), Form("data", "sigma"), order, final, "vary_coeff"
         )
     return _adams_sde(schedule, levels, Form("data", "sigma", clock=clock), order, final, "vary_coeff")
+
+
+def _refuse_no_data(levels: Levels) -> None:
+    if levels.alpha[0] == 0:
+        t = levels.times[0]
+        raise ValueError(
+            f"times[0] = {t:g} has alpha = 0, where the drift alpha' / alpha is infinite: start below it, e.g. start={t * 0.999:g}"
+        )
 
 
 def stochasticity(name: str, value: float) -> float:
