@@ -61,14 +61,16 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
     def weights(table: Tensor) -> list:
         return list(table if like is None else table.to(like)) if formula else table.tolist()
 
-    called = plan.is_called
+    last = last_use(plan.b)
+    called = [use >= i for i, use in enumerate(last)]
     alpha, sigma = (v[:-1].reshape(-1, *[1] * len(plan.element_shape)) for v in (plan.alpha, plan.sigma))
     p, q = (v.reshape(alpha.shape) for v in model.mixture(plan.times[:-1], plan.alpha[:-1], plan.sigma[:-1]))
     from_x, from_m = conversion((p, q), plan.mixture(), alpha, sigma)
-    silent = ~called.reshape(alpha.shape)  # nothing is converted where nothing is called
-    from_x, from_m = (torch.where(silent, kept, v) for kept, v in ((0.0, from_x), (1.0, from_m)))
+    if not all(called):  # there nothing is converted
+        here = torch.tensor(called, device="cpu").reshape(alpha.shape)
+        from_x, from_m = torch.where(here, from_x, 0.0), torch.where(here, from_m, 1.0)
     _refuse_undetermined(plan, model, ~(from_x.isfinite() & from_m.isfinite()))
-    a, b0, last = plan.a, plan.b[:, 0], last_use(plan.b)
+    a, b0 = plan.a, plan.b[:, 0]
     # x = (kept - from_m m) / from_x is as good as x itself unless its terms outgrow it
     growth = (from_m / from_x).abs() * torch.hypot(p, q) / torch.hypot(alpha, sigma)
     can_swap = [False] * plan.rows if formula else (growth < 4).tolist()
@@ -93,19 +95,19 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
             done=[call for call in range(max(0, i - plan.window), i) if last[call] == i],
             shift=shift[i],
             as_formula=formula,
-            is_called=last[i] >= i,
+            is_called=called[i],
             variance=variances[i],
         )
         for i in range(plan.rows)
     ]
 
 
-def _labels(plan: Plan, model: Model, called: Tensor) -> list[float] | list[int]:
+def _labels(plan: Plan, model: Model, called: list[bool]) -> list[float] | list[int]:
     """What the net reads in each row; in rows that do not call it, whatever."""
-    if called.all():
+    if all(called):
         return model.labels(plan.times[:-1])
-    labels = iter(model.labels(plan.times[:-1][called]))
-    return [next(labels) if is_called else 0 for is_called in called.tolist()]
+    labels = iter(model.labels(plan.times[:-1][torch.tensor(called, device="cpu")]))
+    return [next(labels) if is_called else 0 for is_called in called]
 
 
 def _variances(plan: Plan, model: Model, have: tuple[Tensor, Tensor]) -> list[Variance | None]:

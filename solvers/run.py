@@ -224,7 +224,7 @@ def execute(
     last_draw = last_use(plan.c)
     late = _is_read_late(x)
     norms, called = [_norm(x)] if late else [], []
-    unit = _unit(plan)
+    unit = _unit(plan) if progress else ""
     for i in tqdm(range(state.call, stop), disable=not progress, initial=state.call, total=stop, unit=unit):
         row, deviation = rows[i], None
         if source is not None and (last_draw[i] >= i or row.variance):
