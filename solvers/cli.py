@@ -182,7 +182,7 @@ def compare(
         typer.Option(
             "--stochastic",
             help="Compare the stochastic family by the distance of their exact law from the data's, on Gaussian data with the digits' "
-            "mean and covariance; without Monte Carlo. digits.png shows their samples of the digits themselves.",
+            "mean and covariance; without Monte Carlo, on grid logsnr unless asked otherwise. digits.png shows their samples of the digits themselves.",
         ),
     ] = False,
     quiet: Quiet = False,
@@ -286,7 +286,7 @@ def compare_laws(
     names = chosen("--solvers", solvers, BUILDS | {FAST: None})
     asked = named_grid(grid)
     problem = load(None, schedule, samples, seed)
-    spacing = asked or usual(problem.schedule)
+    spacing = asked or (usual(problem.schedule) if isinstance(problem.schedule, sv.Discrete) else sv.logsnr)
     data = digits().moments
     builds = analytic(sv.gaussian_gamma(data.variances.clamp(min=1e-12)))
     plans, reasons = candidates(names, problem, spacing, budgets, builds)

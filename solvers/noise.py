@@ -1,7 +1,7 @@
 """Where randomness comes from: one stream per sample; one Brownian path per sample."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +73,13 @@ def per_sample(seed: int, ids: Sequence[int]) -> PerSample:
         ids: the samples' numbers, [B]; any distinct whole numbers.
 
     Raises:
+        TypeError: ids are not a sequence.
         ValueError: a seed or id that is not a whole number in range, or an id twice.
     """
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    if not isinstance(ids, Iterable):
+        raise TypeError(f"ids = {ids!r:.100}: expected the samples' numbers, e.g. range({ids!r:.20})")
     return PerSample(
         whole("seed", seed, 0, 2**63 - 1), tuple(whole("ids", sample, 0, 2**63 - 1) for sample in ids)
     )
@@ -164,6 +169,8 @@ def _softplus(z: float) -> float:
 
 def brownian(seed: int, ids: Sequence[int], clock: Tensor) -> Brownian:
     """One Brownian path per sample as the noise of an SDE plan: more steps refine the same path, so that runs converge to one answer.
+
+    A draw costs some thirty of `per_sample`: it is for tests of convergence, and for steps that are subdivided.
 
     Args:
         seed: 0 <= seed < 2^63.

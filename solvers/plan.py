@@ -195,7 +195,8 @@ class Plan:
         if self.element_shape:
             title += f", per element {list(self.element_shape)}: their means"
         symbol = {"noise": "eps", "data": "x0", "velocity": "v", "mixture": "m"}[self.predicts]
-        heads = ["call", "t", "half_logsnr", "x"]
+        called = self.is_called.tolist()
+        heads = ["call" if all(called) else "row", "t", "half_logsnr", "x"]
         heads += [symbol if j == 0 else f"{symbol}[-{j}]" for j in range(self.window)]
         heads += ["z" if k == 0 else f"z[-{k}]" for k in range(self.c.shape[1])]
         heads += ["1"] if self.shift.numel() else []
@@ -205,7 +206,6 @@ class Plan:
         columns += [self.shift[:, None]] if self.shift.numel() else []
         columns += [self.variances] if self.variances.numel() else []
         table = torch.cat([v.flatten(2).mean(2) if v.ndim > 2 else v for v in columns], 1)
-        called = self.is_called.tolist()
         lines = [[str(i) if called[i] else "-"] + [f"{v:.6g}" for v in row] for i, row in enumerate(table)]
         lines.append(["end", f"{self.times[-1]:.6g}", f"{lam[-1]:.6g}"] + [""] * (len(heads) - 3))
         widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]

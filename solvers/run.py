@@ -117,8 +117,8 @@ def run(
         plan: the table.
         model: (x [B, ...], t [B]) -> prediction of the noise [B, ...], or a Model that declares another prediction.
         x: the state at plan.times[0], alpha x_0 + sigma eps, [B, ...]; or a State to go on from.
-        noise: for a stochastic plan: a noise source, a torch.Generator, or an int seed (samples 0 .. B-1 of that seed). Every
-            run numbers its draws from 0: pieces of one plan run one after the other need different seeds.
+        noise: for a stochastic plan: a noise source, a torch.Generator, or an int seed (samples 0 .. B-1 of that seed). A draw's
+            number is that of the row that first reads it, and every run numbers them from 0: pieces of one plan run one after the other need different seeds.
         callback: called with the State after each row; it may change state.x in place.
         progress: show a progress bar.
         grad: keep the gradient graph of the whole run, with respect to x and what the model depends on.
@@ -181,7 +181,7 @@ def sample(
         model: as for `run`.
         x: the state at the schedule's start, [B, ...]: sigma(start) times standard normals, so 80 * randn for EDM().
         schedule: noise schedule.
-        steps: grid steps; with the default method as many calls, six more from 40 steps on.
+        steps: grid steps; with the default method as many calls, six more from 40 steps on; a method of two stages makes two in each.
         method: (schedule, times) -> Plan; options are bound by functools.partial(sv.ddim, eta=1.0).
         grid: (schedule, steps) -> times; by default `angle`, or `angle_levels` for a Discrete schedule (upwards for its `Inversion`).
         noise: as for `run`.

@@ -376,8 +376,8 @@ def test_centred_says_what_it_cannot_do():
 @pytest.mark.parametrize(
     ("act", "words"),
     [
-        (lambda: sv.analytic_dpm(VP, sv.logsnr(VP, 3), torch.ones(2)), "for each of the 3 calls"),
-        (lambda: sv.analytic_dpm(VP, sv.logsnr(VP, 3), torch.tensor([1.0, math.nan, 0.5])), "gamma = "),
+        (lambda: sv.analytic_dpm(VP, sv.logsnr(VP, 3), torch.ones(2)), "gamma has shape [2]: expected a number for each of the 3 calls"),
+        (lambda: sv.analytic_dpm(VP, sv.logsnr(VP, 3), torch.tensor([1.0, math.nan, 0.5])), "gamma[1] = nan"),
         (lambda: sv.analytic_dpm(sv.Flow(), sv.uniform(sv.Flow(), 3), torch.ones(3)), "alpha = 0"),
         (lambda: sv.analytic_dpm(VP, sv.logsnr(VP, 3), GAMMA, eta=1.5), "eta = 1.5"),
         (lambda: sv.analytic_dpm(VP, sv.logsnr(VP, 3), GAMMA, limit=0.0), "limit = 0.0"),

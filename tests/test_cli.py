@@ -189,7 +189,7 @@ def test_the_stochastic_family_is_compared_by_its_exact_law(laws):
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     runs = {(record["solver"], record["calls"]): record for record in records}
     data, schedule = digits().moments, sv.VP()
-    times = sv.angle(schedule, 10)
+    times = sv.logsnr(schedule, 10)
     gamma = sv.gaussian_gamma(data.variances.clamp(min=1e-12))
     for name, plan in {
         "ddpm": sv.ddpm(schedule, times),

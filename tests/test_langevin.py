@@ -370,3 +370,20 @@ def test_an_output_that_is_not_finite_is_reported_with_its_row(bad, late, monkey
     assert caught.value.time == PLAN.times[row].item()
     assert caught.value.samples == list(range(7))
     assert caught.value.call == row
+
+
+def test_norms_of_the_batch_are_score_sdes_and_leave_the_law_of_few_elements_alone():
+    """Steps that follow a sample's own draw and score widen the law of 2 elements; those of the batch do not."""
+    data = Gaussian(torch.zeros(2), 0.25 * torch.eye(2))
+    ve = sv.VE()
+    plan = sv.reverse_diffusion(ve, sv.uniform(ve, 60))
+    x = data.marginal(1.0, plan.sigma[0].item()).draw(3000, generator())
+    exact = data.marginal(1.0, plan.sigma[-1].item()).cov[0, 0].item() ** 0.5
+    ends = {
+        norms: sv.predictor_corrector(plan, data.model(ve), x, generator(), norms=norms).std().item()
+        for norms in ("sample", "batch")
+    }
+    assert ends["batch"] == pytest.approx(exact, rel=0.1)
+    assert ends["sample"] > 1.5 * exact
+    with pytest.raises(ValueError, match="norms = 'batches': expected one of 'sample', 'batch'"):
+        sv.predictor_corrector(plan, data.model(ve), x, 0, norms="batches")

@@ -341,3 +341,9 @@ def test_with_plain_noise_more_steps_do_not_converge(method):
     assert apart[-1] > 0.8 * apart[0]
     refined = rms(ended(method, "line", COUNTS[-2], 1.0) - fine)
     assert refined < 0.2 * apart[-1]
+
+
+def test_ids_may_be_a_tensor_and_must_be_many():
+    assert sv.noise.per_sample(3, torch.arange(4)) == sv.noise.per_sample(3, range(4))
+    with pytest.raises(TypeError, match=r"ids = 4: expected the samples' numbers, e.g. range\(4\)"):
+        sv.noise.per_sample(3, 4)

@@ -26,7 +26,7 @@ LASTS, ESTIMATORS = ("mean", "noise"), ("error", "square")
 CERTAIN = 1e-12  # as near as an interpolated gamma comes to 0 and 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Gamma:
     """The mean square of a noise prediction, E ||eps^||^2 / d, at some half log-SNR; called, it is interpolated.
 
@@ -76,6 +76,10 @@ class Gamma:
         share = (half_logsnr - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
         height = torch.logit(self.values, eps=CERTAIN)
         return torch.sigmoid(torch.lerp(height[right - 1], height[right], share))
+
+    def __repr__(self) -> str:
+        ends = self.half_logsnr[[0, -1]].tolist()
+        return f"Gamma({len(self.values)} values, half log-SNR {ends[0]:.4g} to {ends[1]:.4g})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, which is whole or not there at all."""
@@ -147,7 +151,8 @@ def extended_analytic_dpm(
     """Extended-Analytic-DPM: the same with a variance for each element of each sample, from the model's second output.
 
     Order 1; 1 call per step; SDE; data form. SN-DPM with Model(net, variance="square"), where the second output is E[eps^2 | x]; NPR-DPM
-    with variance="residual", E[(eps - eps^)^2 | x], which is optimal for an imperfect mean too. A second output of ones is the
+    with variance="residual", E[(eps - eps^)^2 | x], which is optimal for an imperfect mean too and small where the mean is good. Give the limit:
+    at the noisy end a small error of a trained E[eps^2 | x] is a large variance of x_0. A second output of ones is the
     authors' heuristic that costs no training. `sn_loss` and `npr_loss` train such outputs.
     Source: Bao et al. 2022 (arXiv 2206.07309), theorems 1 and 2.
     See `analytic_dpm` for the arguments.
@@ -265,7 +270,10 @@ def estimate_gamma(
     whole("batch_size", batch_size, 1, 10**9)
     levels = Levels.at(schedule, given(schedule, times))
     if levels.half_logsnr.isinf().any():
-        raise ValueError("times has an end of infinite half log-SNR: give ends with alpha > 0 and sigma > 0")
+        raise ValueError(
+            "times has an end of infinite half log-SNR: give ends with alpha > 0 and sigma > 0; of a network's levels down to clean "
+            "data leave out the last, times[:-1]"
+        )
     noise_at, batches = predictor(model, schedule, "noise"), x0.split(batch_size)
     sources = in_batches(noise, [len(batch) for batch in batches])
     mean, spread = torch.empty(2, len(levels.times), dtype=torch.float64, device="cpu")
@@ -306,10 +314,14 @@ def _at_calls(gamma: Tensor | Callable[[Tensor], Tensor], levels: Levels) -> Ten
     """Gamma at each call, checked, [steps]."""
     calls = len(levels.times) - 1
     values = numbers("gamma", gamma(levels.half_logsnr[:-1]) if callable(gamma) else gamma)
-    if values.shape != (calls,) or not values.isfinite().all():
+    if values.shape != (calls,):
         raise ValueError(
-            f"gamma = {values!s:.100}: expected a finite number for each of the {calls} calls, or a function of half log-SNR"
+            f"gamma has shape {list(values.shape)}: expected a number for each of the {calls} calls, or a function of half log-SNR, as "
+            "a Gamma is"
         )
+    if not values.isfinite().all():
+        m = int((~values.isfinite()).nonzero()[0])
+        raise ValueError(f"gamma[{m}] = {values[m]:g}: every value must be finite")
     return values
 
 

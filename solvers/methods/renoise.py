@@ -71,7 +71,7 @@ def churn(
         method: (schedule, times) -> plan of an ODE method that reads no call of an earlier step.
         amount: S_churn, from 0, where the plan is the method's.
         low: least time that is churned.
-        high: greatest time that is churned.
+        high: greatest time that is churned; on EDM, which has no noisiest level, the authors leave out those above 50.
         noise_scale: of the added noise; a little above 1 makes up for networks that take out too much.
     """
     for name, value in (("amount", amount), ("noise_scale", noise_scale)):
@@ -188,7 +188,8 @@ def _checked(name: str, schedule: Schedule, times: Tensor, method: Build) -> Lev
     if not whole_way.allclose(_joined(schedule, alone, some[-1]), rtol=1e-9):
         raise ValueError(
             f"{name}: the method reads calls of earlier steps, which the noise between them makes worthless; give a one-step method "
-            "(heun, dpm_solver, ddim), or take the multistep methods of the SDE: dpm_solver_pp_sde, sa_solver"
+            "(heun, ddim, dpm_solver, partial(dpm_solver_pp, kind='singlestep')), or take the multistep methods of the SDE: "
+            "dpm_solver_pp_sde, sa_solver"
         )
     return levels
 
