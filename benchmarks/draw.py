@@ -281,7 +281,7 @@ CHOSEN = (
 
 def draw_laws(records: Sequence[Law], grid: str) -> Figure:
     """Divergence and distance of exact laws against calls: a column a problem."""
-    records = [r for r in records if r.grid == grid and r.kl is not None and r.method in CHOSEN]
+    records = [r for r in records if r.grid == grid and r.method in CHOSEN]
     problems = unique(records, "problem")
     figure, axes = plt.subplots(
         2, len(problems), figsize=(3.4 * len(problems) + 2.2, 6.2), sharex=True, sharey="row", squeeze=False, layout="constrained"
@@ -309,7 +309,6 @@ def draw_laws(records: Sequence[Law], grid: str) -> Figure:
 
 def draw_samples(records: Sequence[Law]) -> Figure:
     """Sliced distance of samples against calls, and what exact samples have between them: a panel a grid."""
-    records = [r for r in records if r.kl is None]
     grids = unique(records, "grid")
     figure, axes = plt.subplots(
         1, len(grids), figsize=(3.8 * len(grids) + 2.0, 3.8), sharey=True, squeeze=False, layout="constrained"
@@ -339,46 +338,41 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
     }
 
 
+def by_calls(records: Sequence[Law], head: str, cell: Callable[[Law], str], columns: Sequence[int]) -> str:
+    """A row a method, a column a number of calls."""
+    rows: dict[str, dict[int, str]] = {}
+    for r in records:
+        rows.setdefault(r.method, {})[r.calls] = cell(r)
+    cells = [[name, *(row.get(n, "") for n in columns)] for name, row in rows.items()]
+    return _markdown([head, *(f"{n} calls" for n in columns)], cells)
+
+
 def law_table(records: Sequence[Law]) -> str:
     """KL and Wasserstein-2 of exact laws by calls: a table for each problem and grid."""
-    records = [r for r in records if r.kl is not None]
-    columns = sorted({r.calls for r in records})
-    parts = [_made_by(records)]
+
+    def cell(r: Law) -> str:
+        return f"{r.kl:.1e}, {r.distance:.1e}" if r.distance > SMALLEST else "exact"
+
+    columns, parts = sorted({r.calls for r in records}), [_made_by(records)]
     for problem, grid in product(unique(records, "problem"), unique(records, "grid")):
-        rows: dict[str, dict[int, str]] = {}
-        for r in records:
-            if (r.problem, r.grid) == (problem, grid) and r.kl is not None:
-                rows.setdefault(r.method, {})[r.calls] = (
-                    f"{r.kl:.1e}, {r.distance:.1e}" if r.distance > SMALLEST else "exact"
-                )
-        heads = [f"{problem}, `{grid}`: KL, W2", *(f"{n} calls" for n in columns)]
-        parts.append(
-            _markdown(heads, [[name, *(row.get(n, "") for n in columns)] for name, row in rows.items()])
-        )
+        chosen = [r for r in records if (r.problem, r.grid) == (problem, grid)]
+        parts.append(by_calls(chosen, f"{problem}, `{grid}`: KL, W2", cell, columns))
     return "\n\n".join(parts)
 
 
 def sample_table(records: Sequence[Law]) -> str:
     """Sliced distances by calls, less what exact samples have between them: sqrt(max(d^2 - floor^2, 0))."""
-    records = [r for r in records if r.kl is None]
-    columns = sorted({r.calls for r in records})
-    some = records[0]
-    parts = [
-        _made_by(records),
-        f"{some.samples} samples; exact ones have {some.floor:.1e} between them, which is taken off (of the squares).",
-    ]
+
+    def cell(r: Law) -> str:
+        excess = max(r.distance**2 - r.floor**2, 0.0) ** 0.5
+        return f"{excess:.1e}" if excess > r.floor / 2 else f"< {r.floor / 2:.0e}"
+
+    columns, some = sorted({r.calls for r in records}), records[0]
+    floor = f"{some.samples} samples; exact ones have {some.floor:.1e} between them, which is taken off (of the squares)."
+    parts = [_made_by(records), floor]
     for grid in unique(records, "grid"):
-        rows: dict[str, dict[int, str]] = {}
-        for r in records:
-            if r.grid == grid:
-                excess = max(r.distance**2 - r.floor**2, 0.0) ** 0.5
-                rows.setdefault(r.method, {})[r.calls] = (
-                    f"{excess:.1e}" if excess > r.floor / 2 else f"< {r.floor / 2:.0e}"
-                )
-        heads = [f"{some.problem}, `{grid}`", *(f"{n} calls" for n in columns)]
-        parts.append(
-            _markdown(heads, [[name, *(row.get(n, "") for n in columns)] for name, row in rows.items()])
-        )
+        chosen = [r for r in records if r.grid == grid]
+        parts.append(by_calls(chosen, f"{some.problem}, `{grid}`", cell, columns))
     return "\n\n".join(parts)
 
 

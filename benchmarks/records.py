@@ -2,7 +2,8 @@
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,6 +86,21 @@ class Law:
 
 Record = Step | WorkPrecision | Law
 KINDS = {"step": Step, "work_precision": WorkPrecision, "law": Law}
+
+
+def arguments(
+    about: str, out: str, choices: Mapping[str, Iterable[str]], calls: Sequence[int]
+) -> ArgumentParser:
+    """The options that the benchmarks of errors share."""
+    parser = ArgumentParser(description=about, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    for option, names in choices.items():
+        known = list(names)
+        parser.add_argument(f"--{option}", nargs="+", choices=known, default=known, metavar=option[:-1])
+    parser.add_argument("--calls", nargs="+", type=int, default=calls, metavar="n")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1; the problems are small")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 def write(path: Path, records: Iterable[Record]) -> None:

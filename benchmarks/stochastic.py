@@ -3,15 +3,13 @@
 python benchmarks/stochastic.py --out benchmarks/records/stochastic.jsonl
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import product
-from pathlib import Path
 
 import torch
-from records import Law, threads, write
+from records import Law, arguments, threads, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -198,19 +196,10 @@ def records(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the chosen combinations and write their records."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/stochastic.jsonl"))
-    everything = list(dict.fromkeys([*BASE, *HIGHER, *SAMPLED, *SDES]))
-    for option, choices in (("problems", PROBLEMS), ("grids", GRIDS), ("methods", everything)):
-        parser.add_argument(
-            f"--{option}", nargs="+", choices=list(choices), default=list(choices), metavar=option[:-1]
-        )
-    parser.add_argument("--calls", nargs="+", type=int, default=CALLS, metavar="n")
+    everything = dict.fromkeys([*BASE, *HIGHER, *SAMPLED, *SDES])
+    choices = {"problems": PROBLEMS, "grids": GRIDS, "methods": everything}
+    parser = arguments(__doc__, "results/stochastic.jsonl", choices, CALLS)
     parser.add_argument("--samples", type=int, default=4096, help="of the digits")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
     given = vars(parser.parse_args(argv))
     with threads(given.pop("threads")):
         write(given.pop("out"), records(**given))

@@ -3,15 +3,13 @@
 python benchmarks/work_precision.py --out benchmarks/records/work_precision.jsonl.gz
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import cos, pi, sin
-from pathlib import Path
 from time import perf_counter
 
 import torch
-from records import WorkPrecision, threads, write
+from records import WorkPrecision, arguments, threads, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -102,23 +100,9 @@ def records(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the chosen combinations and write their records."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/work_precision.jsonl.gz"))
-    for option, choices in (
-        ("problems", PROBLEMS),
-        ("schedules", SCHEDULES),
-        ("grids", GRIDS),
-        ("methods", SAMPLERS),
-    ):
-        parser.add_argument(
-            f"--{option}", nargs="+", choices=list(choices), default=list(choices), metavar=option[:-1]
-        )
-    parser.add_argument("--calls", nargs="+", type=int, default=CALLS, metavar="n")
+    choices = {"problems": PROBLEMS, "schedules": SCHEDULES, "grids": GRIDS, "methods": SAMPLERS}
+    parser = arguments(__doc__, "results/work_precision.jsonl.gz", choices, CALLS)
     parser.add_argument("--starts", type=int, help="trajectories per problem; default: 256, 128, 8")
-    parser.add_argument("--threads", type=int, default=1, help="default: 1; the problems are small")
-    parser.add_argument("--seed", type=int, default=0)
     given = vars(parser.parse_args(argv))
     with threads(given.pop("threads")):
         write(given.pop("out"), records(**given))

@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 
 import solvers as sv
 from solvers import figures
-from solvers.comparison import FAST, Grid, Problem, analytic, answer, candidates, errors, versions
+from solvers.comparison import FAST, Build, Grid, Problem, analytic, answer, candidates, errors, versions
 from solvers.files import write_whole
 from solvers.grids import usual
 from solvers.methods import BUILDS, METHODS, SDES
@@ -222,17 +222,7 @@ def compare(
     asked = named_grid(grid)
     problem = load(model, schedule, samples, seed)
     spacing = asked or usual(problem.schedule)
-    plans, reasons = candidates(names, problem, spacing, budgets)
-    if not plans and reasons:
-        raise ValueError(
-            f"no solver is left on grid {spacing.__name__}: {'; '.join(dict.fromkeys(reasons.values()))}"
-        )
-    if not plans:
-        refuse("--calls", f"not one step of {', '.join(names)} fits in {budgets[-1]} calls")
-    for name in () if quiet else dict.fromkeys(name for name, _ in reasons):
-        out_of = [budget for budget in budgets if (name, budget) in reasons]
-        at = "" if out_of == budgets else f" at {', '.join(map(str, out_of))} calls"
-        typer.echo(f"solvers: {name} is left out{at}: {reasons[name, out_of[0]]}", err=True)
+    plans = fitting(names, problem, spacing, budgets, BUILDS, quiet)
     out.mkdir(parents=True, exist_ok=True)
     bars = Console(stderr=True, quiet=quiet)
 
@@ -289,15 +279,7 @@ def compare_laws(
     spacing = asked or (usual(problem.schedule) if isinstance(problem.schedule, sv.Discrete) else sv.logsnr)
     data = digits().moments
     builds = analytic(sv.gaussian_gamma(data.variances.clamp(min=1e-12)))
-    plans, reasons = candidates(names, problem, spacing, budgets, builds)
-    if not plans:
-        raise ValueError(
-            f"no solver is left on grid {spacing.__name__}: {'; '.join(dict.fromkeys(reasons.values()))}"
-        )
-    for name in () if quiet else dict.fromkeys(name for name, _ in reasons):
-        typer.echo(
-            f"solvers: {name} is left out: {next(v for (n, _), v in reasons.items() if n == name)}", err=True
-        )
+    plans = fitting(names, problem, spacing, budgets, builds, quiet)
     out.mkdir(parents=True, exist_ok=True)
     bars = Console(stderr=True, quiet=quiet)
     setting = {
@@ -334,6 +316,29 @@ def compare_laws(
         ink=True,
     ).savefig
     write(out, files, quiet)
+
+
+def fitting(
+    names: list[str],
+    problem: Problem,
+    spacing: Grid,
+    budgets: list[int],
+    builds: Mapping[str, Build],
+    quiet: bool,
+) -> dict[tuple[str, int], sv.Plan]:
+    """The plans that fit, by (name, calls); says which solvers are left out, and refuses to leave out all."""
+    plans, reasons = candidates(names, problem, spacing, budgets, builds)
+    if not plans and reasons:
+        raise ValueError(
+            f"no solver is left on grid {spacing.__name__}: {'; '.join(dict.fromkeys(reasons.values()))}"
+        )
+    if not plans:
+        refuse("--calls", f"not one step of {', '.join(names)} fits in {budgets[-1]} calls")
+    for name in () if quiet else dict.fromkeys(name for name, _ in reasons):
+        out_of = [budget for budget in budgets if (name, budget) in reasons]
+        at = "" if out_of == budgets else f" at {', '.join(map(str, out_of))} calls"
+        typer.echo(f"solvers: {name} is left out{at}: {reasons[name, out_of[0]]}", err=True)
+    return plans
 
 
 def recorded(records: list[dict[str, Any]], key: str, label: str) -> Files:

@@ -94,10 +94,7 @@ class Plan:
     @property
     def is_called(self) -> Tensor:
         """Whether the model is called in each row, as some row reads its output, [N]."""
-        row, column = _positions(self.rows, self.window)
-        called = torch.zeros(self.rows, dtype=torch.bool, device="cpu")
-        called[(row - column)[nonzero(self.b)]] = True
-        return called
+        return torch.tensor([last >= call for call, last in enumerate(last_use(self.b))], device="cpu")
 
     @property
     def nfe(self) -> int:
@@ -476,6 +473,15 @@ def stacked(*tables: Tensor) -> Tensor:
 def nonzero(table: Tensor) -> Tensor:
     """Which entries of [N, K, *D] are not 0 for some element, [N, K]."""
     return (table != 0).flatten(2).any(2) if table.ndim > 2 else table != 0
+
+
+def last_use(weights: Tensor) -> list[int]:
+    """For each call (or draw) the last row that reads it; -1 for none."""
+    rows = len(weights)
+    last = [-1] * rows
+    for row, column in nonzero(weights).nonzero().tolist():
+        last[row - column] = max(last[row - column], row)
+    return last
 
 
 def _turns(times: Tensor) -> int:

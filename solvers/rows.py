@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from solvers.plan import Plan, nonzero
+from solvers.plan import Plan, last_use, nonzero
 from solvers.predictions import Model, conversion
 
 # (y, scale, u, weight), numbers: y <- scale y + weight u, in place
@@ -158,15 +158,6 @@ def _refuse_undetermined(plan: Plan, model: Model, undetermined: Tensor) -> None
             f"a {model.predicts} prediction does not determine {plan.predicts} in call {i}, at t = {plan.times[i]:g} (alpha = "
             f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow (or data, at alpha = 0)"
         )
-
-
-def last_use(weights: Tensor) -> list[int]:
-    """For each call (or draw) the last row that reads it; -1 for none."""
-    rows = len(weights)
-    last = [-1] * rows
-    for row, column in nonzero(weights).nonzero().tolist():
-        last[row - column] = max(last[row - column], row)
-    return last
 
 
 def combined(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from solvers.grids import has_levels, usual
 from solvers.methods.unipc import recommended
 from solvers.noise import Brownian, Noise, PerSample, Source, as_source
-from solvers.plan import Plan
+from solvers.plan import Plan, last_use
 from solvers.predictions import AnyModel, Model, as_model, two_outputs
 from solvers.rows import (
     Row,
@@ -20,7 +20,6 @@ from solvers.rows import (
     combined_in_place,
     deviation_of,
     is_finite,
-    last_use,
     rows_of,
     uncalled,
 )
@@ -251,7 +250,7 @@ def execute(
             x = new
         else:
             x = uncalled(row, x, outputs, reuse)
-        for draw, weight in row.draws if source is not None else ():
+        for draw, weight in row.draws:
             x = x + weight * draws[draw] if grad else x.add_(draws[draw], alpha=weight)
         if deviation is not None:
             x = x + deviation * draws[i] if grad else x.addcmul_(deviation, draws[i])

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import solvers as sv
-from problems import VP, generator
+from problems import VP, Counted, generator
 from reference import Gaussian
 
 SNR = 0.16
@@ -21,15 +21,6 @@ X = torch.randn(7, 3, dtype=torch.float64, generator=generator())
 def net(x, t):
     """Element by element, and nowhere near a multiple of x."""
     return (0.9 * x).sin() * (0.5 + t.reshape(-1, *[1] * (x.ndim - 1))) + 0.2
-
-
-class Counted:
-    def __init__(self, answer=net):
-        self.times, self.answer = [], answer
-
-    def __call__(self, x, t):
-        self.times.append(float(t[0]))
-        return self.answer(x, t)
 
 
 def score_sde(x, steps, corrections, snr, draw, denoise=True):
@@ -148,7 +139,7 @@ def test_every_prediction_gives_the_same_samples(predicts):
 
 @pytest.mark.parametrize("corrections", [1, 3])
 def test_each_row_costs_one_call_and_one_for_each_correction(corrections):
-    model = Counted()
+    model = Counted(net)
     sv.predictor_corrector(PLAN, model, X, 0, corrections=corrections)
     assert model.times == [t for t in PLAN.times[:-1].tolist() for _ in range(1 + corrections)]
 
@@ -291,7 +282,7 @@ def test_an_empty_batch_is_returned_empty():
     "method", [sv.dpm_solver_pp, sv.sa_solver, sv.heun, sv.ancestral, sv.seeds], ids=lambda m: m.__name__
 )
 def test_plans_that_read_earlier_calls_are_refused(method):
-    model = Counted()
+    model = Counted(net)
     with pytest.raises(ValueError, match="rows read earlier calls, which a correction makes worthless"):
         sv.predictor_corrector(method(VP, sv.logsnr(VP, 4)), model, X, 0)
     assert model.times == []
@@ -325,7 +316,7 @@ def test_plans_that_read_earlier_calls_are_refused(method):
     ],
 )
 def test_bad_input_is_refused_before_the_first_call(options, error, message):
-    model = Counted()
+    model = Counted(net)
     arguments = {"plan": PLAN, "x": X, "noise": 0} | options
     with pytest.raises(error, match=message):
         sv.predictor_corrector(model=model, **arguments)
@@ -350,7 +341,7 @@ def test_a_prediction_that_does_not_determine_the_score_is_refused():
 
 
 def test_one_path_over_the_rows_is_refused_as_corrections_draw_too():
-    model = Counted()
+    model = Counted(net)
     source = sv.noise.brownian(0, range(7), PLAN.half_logsnr)
     with pytest.raises(ValueError, match=r"clock|Brownian|path"):  # BUG: "draw = 5", after 5 calls
         sv.predictor_corrector(PLAN, model, X, source)
@@ -362,7 +353,7 @@ def test_one_path_over_the_rows_is_refused_as_corrections_draw_too():
 def test_an_output_that_is_not_finite_is_reported_with_its_row(bad, late, monkeypatch):
     if late:
         monkeypatch.setattr(sys.modules["solvers.run"], "_is_read_late", lambda x: True)
-    model = Counted()
+    model = Counted(net)
     model.answer = lambda x, t: net(x, t) * (math.nan if len(model.times) == bad + 1 else 1.0)
     row = bad // 2
     with pytest.raises(sv.NonFiniteError, match="the model's output is not finite") as caught:

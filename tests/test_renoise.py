@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import solvers as sv
-from problems import NARROW, VP, generator
+from problems import NARROW, VP, Counted, generator
 from reference import Gaussian, law, law_errors, slopes
 
 TIMES = sv.logsnr(VP, 5, start=0.8)
@@ -53,21 +53,12 @@ def net(x, t):
     return (0.9 * x).sin() * (0.5 + t.reshape(-1, *[1] * (x.ndim - 1)))
 
 
-class Counted:
-    def __init__(self, answer=net):
-        self.times, self.answer = [], answer
-
-    def __call__(self, x, t):
-        self.times.append(float(t[0]))
-        return self.answer(x, t)
-
-
 # Rows that make no call
 
 
 @NAMES
 def test_rows_that_add_noise_make_no_call(name):
-    plan, model, asked = made(name), Counted(), []
+    plan, model, asked = made(name), Counted(net), []
     noisy = (plan.c != 0).any(1)
     assert torch.equal(noisy, ~plan.is_called)
     assert noisy.any()
@@ -296,7 +287,7 @@ def test_multistep_methods_are_refused_between_steps_and_begin_anew_after_a_rest
     assert len(silent) == 2
     for i in silent:
         assert plan[: i + 1] + plan[i + 1 :] == plan  # no row reads across the noise
-    model = Counted()
+    model = Counted(net)
     assert sv.run(plan, model, normals(2, 3), noise=0).isfinite().all()
     assert len(model.times) == plan.nfe
 
@@ -511,7 +502,7 @@ def test_an_output_that_is_not_finite_is_reported_in_its_row(bad, name, late, mo
     plan = made(name)
     bad = bad % plan.nfe
     row = int(plan.is_called.nonzero()[bad])
-    model = Counted()
+    model = Counted(net)
 
     def broken(x, t):
         answer = net(x, t)
@@ -580,7 +571,7 @@ def test_bad_input_is_refused_by_name(make, error, message):
 
 @NAMES
 def test_a_run_without_noise_is_refused_before_the_first_call(name):
-    model = Counted()
+    model = Counted(net)
     with pytest.raises(ValueError, match="the plan is stochastic and needs noise"):
         sv.run(made(name), model, normals(2, 3))
     assert model.times == []

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from solvers.arguments import choice, number, numbers, whole
 from solvers.files import load_tensors, save_tensors
 from solvers.grids import given
-from solvers.methods.exponential import Levels, refuse_upwards
+from solvers.methods.exponential import Levels, refuse_no_data_at_start, refuse_upwards
 from solvers.methods.multistep import first_order_step
 from solvers.methods.stochastic import ddpm
 from solvers.noise import Noise, in_batches, noised
@@ -23,6 +23,7 @@ from solvers.schedules import Schedule
 
 NAMES = ("half_logsnr", "values", "standard_error")
 LASTS, ESTIMATORS = ("mean", "noise"), ("error", "square")
+NO_VARIANCE = "where the noise prediction says nothing of the variance of the data"
 CERTAIN = 1e-12  # as near as an interpolated gamma comes to 0 and 1
 
 
@@ -204,7 +205,7 @@ def optimal_trajectory(
         ValueError: gamma is not below 1, or alpha = 0 at the first time.
     """
     levels = Levels.of(schedule, times)
-    _refuse_no_data(levels)
+    refuse_no_data_at_start(NO_VARIANCE, levels)
     count = len(levels.times) - 1
     whole("steps", steps, 1, count)
     square, lam = _at_calls(gamma, levels).clamp(min=0), levels.half_logsnr
@@ -302,14 +303,6 @@ def _mean_square(x: Tensor) -> Tensor:
     return x.double().square().flatten(1).mean(1).cpu()
 
 
-def _refuse_no_data(levels: Levels) -> None:
-    if levels.alpha[0] == 0:
-        raise ValueError(
-            f"times[0] = {levels.times[0]:g} has alpha = 0, where the noise prediction says nothing of the variance of the data: start "
-            f"below it, e.g. start={levels.times[0] * 0.999:g}"
-        )
-
-
 def _at_calls(gamma: Tensor | Callable[[Tensor], Tensor], levels: Levels) -> Tensor:
     """Gamma at each call, checked, [steps]."""
     calls = len(levels.times) - 1
@@ -333,7 +326,7 @@ def _bounded(
     if not (number("limit", limit) > 0 and 0 <= number("pixels", pixels) < math.inf):
         raise ValueError(f"limit = {limit}, pixels = {pixels}: expected limit > 0 and pixels from 0, finite")
     levels = Levels.of(schedule, times)
-    _refuse_no_data(levels)
+    refuse_no_data_at_start(NO_VARIANCE, levels)
     a, weight, deviation = first_order_step(levels, eta)
     refuse_upwards(levels)
     cap = torch.full_like(a, math.inf)

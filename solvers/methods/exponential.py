@@ -261,6 +261,13 @@ def refuse_upwards(levels: Levels) -> None:
         )
 
 
+def refuse_no_data_at_start(why: str, levels: Levels) -> None:
+    """Methods that ask at the first time for what alpha = 0 leaves open there."""
+    if levels.alpha[0] == 0:
+        t = levels.times[0]
+        raise ValueError(f"times[0] = {t:g} has alpha = 0, {why}: start below it, e.g. start={t * 0.999:g}")
+
+
 def refuse_no_data(name: str, levels: Levels) -> None:
     """Methods that divide by steps of sigma / alpha reach no alpha = 0, at either end."""
     if (levels.alpha == 0).any():

@@ -40,7 +40,7 @@ def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: floa
     lam = levels.half_logsnr
     down = lam[1:] - torch.log1p(eta**2 * torch.expm1(-2 * lam.diff())) / 2
     ends = torch.where(levels.sigma[1:] == 0, levels.times[1:], schedule.time(down))
-    ends = _within(schedule, ends, schedule.stop)
+    ends = _within(schedule, ends)
     pieces = [
         _built(method, schedule, torch.stack([s, end]))
         for s, end in zip(levels.times[:-1], ends, strict=True)
@@ -88,9 +88,9 @@ def churn(
     noisier = schedule.time(levels.half_logsnr[:-1] - math.log1p(gamma))
     if has_levels(schedule):
         count = schedule.levels  # type: ignore[attr-defined]
-        noisier = ((noisier * count).round() / count).clamp(max=schedule.start)
+        noisier = (noisier * count).round() / count
     noisier = torch.where(churned, torch.maximum(noisier, starts), starts)
-    noisier = _within(schedule, noisier, schedule.start)
+    noisier = _within(schedule, noisier)
     pieces = [
         _built(method, schedule, torch.stack([begin, t]))
         for begin, t in zip(noisier, levels.times[1:], strict=True)
@@ -194,12 +194,12 @@ def _checked(name: str, schedule: Schedule, times: Tensor, method: Build) -> Lev
     return levels
 
 
-def _within(schedule: Schedule, times: Tensor, end: float) -> Tensor:
-    """The times, or where the schedule has none there, its end."""
+def _within(schedule: Schedule, times: Tensor) -> Tensor:
+    """The times, or where a schedule has none beyond its ends, those ends."""
     try:
         schedule.half_logsnr(times)
     except ValueError:
-        return times.clamp(min=end) if end == schedule.stop else times.clamp(max=end)
+        return times.clamp(schedule.stop, schedule.start)
     return times
 
 

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, number, numbers, whole
-from solvers.methods.exponential import Clock, Form, Levels, elapsed, noise_weight, refuse_upwards
+from solvers.methods.exponential import (
+    Clock,
+    Form,
+    Levels,
+    elapsed,
+    noise_weight,
+    refuse_no_data_at_start,
+    refuse_upwards,
+)
 from solvers.methods.multistep import (
     FINALS,
     MAX_ORDER,
@@ -26,6 +34,7 @@ from solvers.predictions import path_derivative
 from solvers.schedules import Schedule
 
 FAR = 230.0  # half log-SNR that is as good as infinite, and rho = e^230 still a number
+NO_DRIFT = "where the drift alpha' / alpha is infinite"
 DDPM_VARIANCES = ("small", "large", "learned")
 
 
@@ -72,7 +81,7 @@ def euler_maruyama(schedule: Schedule, times: Tensor, eta: float = 1.0) -> Plan:
     levels = Levels.of(schedule, times)
     refuse_upwards(levels)
     s, dt = levels[:-1], levels.times.diff()
-    _refuse_no_data(levels)
+    refuse_no_data_at_start(NO_DRIFT, levels)
     alpha_dot, sigma_dot = path_derivative(schedule, s.times, s.alpha, s.sigma)
     f = alpha_dot / s.alpha
     g2 = 2 * s.sigma * (sigma_dot - f * s.sigma)
@@ -96,7 +105,7 @@ def reverse_diffusion(schedule: Schedule, times: Tensor) -> Plan:
     """
     levels = Levels.of(schedule, times)
     refuse_upwards(levels)
-    _refuse_no_data(levels)
+    refuse_no_data_at_start(NO_DRIFT, levels)
     s, t = levels[:-1], levels[1:]
     g2 = s.sigma**2 * -torch.expm1(-2 * (t.half_logsnr - s.half_logsnr))
     c = torch.where(t.sigma == 0, 0.0, torch.sqrt(g2))[:, None]
@@ -122,11 +131,7 @@ def dpm_solver_pp_sde(
         eta: tau^2 of the SDE, 1 for the reverse SDE, any number from 0.
         final: "full" | "lower"; "lower" ends with orders ..., 2, 1.
     """
-    whole("order", order, 1, 3)
-    if not stochasticity("eta", eta):
-        return dpm_solver_pp(schedule, times, order, final=final)
-    form = Form("data", clock=constant(eta))
-    return _adams_sde(schedule, Levels.of(schedule, times, form.clock), form, order, final, "bh2")
+    return _sde_of(dpm_solver_pp, "data", schedule, times, order, eta, final)
 
 
 def dpm_solver_sde(
@@ -140,11 +145,7 @@ def dpm_solver_sde(
     Source: Lu et al. 2022 (arXiv 2211.01095), section 6.
     See `dpm_solver_pp_sde` for the arguments.
     """
-    whole("order", order, 1, 3)
-    if not stochasticity("eta", eta):
-        return dpm_solver_multistep(schedule, times, order, final=final)
-    form = Form("noise", clock=constant(eta))
-    return _adams_sde(schedule, Levels.of(schedule, times, form.clock), form, order, final, "bh2")
+    return _sde_of(dpm_solver_multistep, "noise", schedule, times, order, eta, final)
 
 
 def sa_solver(
@@ -276,14 +277,6 @@ def er_sde(
     return _adams_sde(schedule, levels, Form("data", "sigma", clock=clock), order, final, "vary_coeff")
 
 
-def _refuse_no_data(levels: Levels) -> None:
-    if levels.alpha[0] == 0:
-        t = levels.times[0]
-        raise ValueError(
-            f"times[0] = {t:g} has alpha = 0, where the drift alpha' / alpha is infinite: start below it, e.g. start={t * 0.999:g}"
-        )
-
-
 def stochasticity(name: str, value: float) -> float:
     """A finite number from 0."""
     if not 0 <= number(name, value) < math.inf:
@@ -304,6 +297,23 @@ def _by_step(levels: Levels, eta: Tensor) -> Tensor:
         if h[step].isinf() and eta[step] > 0 and levels.half_logsnr[point] == end:
             clock[point] = end
     return clock
+
+
+def _sde_of(
+    ode: Callable[..., Plan],
+    predicts: str,
+    schedule: Schedule,
+    times: Tensor,
+    order: int,
+    eta: float,
+    final: str,
+) -> Plan:
+    """DPM-Solver multistep of the SDE, or the method of the ODE where eta is 0."""
+    whole("order", order, 1, 3)
+    if not stochasticity("eta", eta):
+        return ode(schedule, times, order, final=final)
+    form = Form(predicts, clock=constant(eta))
+    return _adams_sde(schedule, Levels.of(schedule, times, form.clock), form, order, final, "bh2")
 
 
 def _adams_sde(schedule: Schedule, levels: Levels, form: Form, order: int, final: str, variant: str) -> Plan:
