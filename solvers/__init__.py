@@ -1,6 +1,10 @@
 """Diffusion samplers as tables of float64 coefficients, executed by one loop."""
 
 from solvers import noise
+from solvers.adaptive import adaptive, replay
+from solvers.adaptive_sde import adaptive_sde
+from solvers.blackbox import ProbabilityFlow, ReverseSDE, odeint, sdeint
+from solvers.control import NonConvergence, Solution
 from solvers.discrete import Discrete
 from solvers.grids import (
     angle,
@@ -71,12 +75,18 @@ __all__ = [
     "Inversion",
     "LogSNR",
     "Model",
+    "NonConvergence",
     "NonFiniteError",
     "Plan",
+    "ProbabilityFlow",
+    "ReverseSDE",
     "Schedule",
+    "Solution",
     "State",
     "Statistics",
     "SubVP",
+    "adaptive",
+    "adaptive_sde",
     "analytic_dpm",
     "ancestral",
     "angle",
@@ -119,17 +129,20 @@ __all__ = [
     "noised",
     "npr_loss",
     "obelm",
+    "odeint",
     "optimal_trajectory",
     "pndm",
     "power",
     "predictor_corrector",
     "quadratic",
     "recommended",
+    "replay",
     "restart",
     "reverse_diffusion",
     "run",
     "sa_solver",
     "sample",
+    "sdeint",
     "seeds",
     "sn_loss",
     "snap",

@@ -1,4 +1,4 @@
-"""Where randomness comes from: one stream per sample; one Brownian path per sample."""
+"""Where randomness comes from: one stream per sample; one Brownian path per sample, known ahead or drawn on the way."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from solvers.schedules import Schedule, float64
 # (number of the draw, a tensor like it) -> standard normals of that shape
 Source = Callable[[int, Tensor], Tensor]
 Noise = Source | torch.Generator | int  # what a user may give
-STEPS, START, PATH = 0, 1, 2  # independent streams of one sample
+STEPS, START, PATH, AHEAD = 0, 1, 2, 5  # independent streams of one sample; PATH has three
 RESOLUTION = 2.0**-24  # down to which a Brownian path is halved
 FARTHEST = 300.0  # T whose e^{2T} is still a number
 LEAST_STEP = 2.0**-22  # of its clock: below it the path's last halves would be seen
@@ -161,6 +161,56 @@ class Brownian:
 
     def _normals(self, part: int, level: int, index: int, shape: Sequence[int]) -> Tensor:
         return self.source._normals(PATH + part, index, shape, level)
+
+
+class Ahead:
+    """A Brownian path per sample on any clock, drawn as far as it is asked for and never drawn anew.
+
+    Of each path the increments from where the sample stands are kept, one after the other. Where a shorter way is asked for than was
+    drawn, an increment is split by the Brownian bridge: a step that is tried, rejected and tried again in pieces has the same noise.
+    Draw k of a sample depends on (seed, id, k) alone.
+    Source: Rackauckas & Nie 2017 (doi 10.3934/dcdsb.2017133), rejection sampling with memory.
+
+    Attributes:
+        source: seed and the samples' numbers, [B].
+        here: the clock where each sample stands, [B].
+    """
+
+    def __init__(self, source: PerSample, start: float, shape: Sequence[int]):
+        self.source, self.shape = source, tuple(shape)
+        self.here = [start] * len(source.ids)
+        self._drawn = [0] * len(source.ids)
+        self._ahead: list[list[tuple[float, Tensor]]] = [[] for _ in source.ids]  # (end, increment)
+
+    def increment(self, i: int, end: float) -> Tensor:
+        """W(end) - W(here) of the sample at position i, float64 on the host."""
+        start, total, ahead = (
+            self.here[i],
+            torch.zeros(self.shape, dtype=torch.float64, device="cpu"),
+            self._ahead[i],
+        )
+        for k, (reached, piece) in enumerate(ahead):
+            if end < reached:  # the bridge over (start, reached)
+                share = (end - start) / (reached - start)
+                first = share * piece + math.sqrt((end - start) * (1 - share)) * self._normals(i)
+                ahead[k : k + 1] = [(end, first), (reached, piece - first)]
+                return total + first
+            start, total = reached, total + piece
+            if end == reached:
+                return total
+        ahead.append((end, math.sqrt(end - start) * self._normals(i)))
+        return total + ahead[-1][1]
+
+    def advance(self, i: int, end: float) -> None:
+        """The sample at position i has come to a place that `increment` was asked for."""
+        self._ahead[i] = [(reached, piece) for reached, piece in self._ahead[i] if reached > end]
+        self.here[i] = end
+
+    def _normals(self, i: int) -> Tensor:
+        self._drawn[i] += 1
+        return PerSample(self.source.seed, self.source.ids[i : i + 1])._normals(
+            AHEAD, self._drawn[i], self.shape
+        )[0]
 
 
 def _softplus(z: float) -> float:

@@ -233,9 +233,12 @@ def centred(model: AnyModel, mean: Tensor) -> Model:
     return replace(model, net=net)
 
 
-def predictor(model: AnyModel, schedule: Schedule, want: str) -> Callable[[Tensor, Tensor], Tensor]:
+def predictor(
+    model: AnyModel, schedule: Schedule, want: str, scale: float = 1.0, dtype: torch.dtype | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """The model's prediction turned into another, as a function (x [B, ...], t float64 [] or [B]) -> [B, ...] that gradients flow through.
 
+    `scale` is that of "velocity"; "flow" is the derivative in the schedule's t. The network is called in `dtype`, by default that of x.
     It raises ValueError where the level does not determine the wanted prediction.
     """
     model = as_model(model)
@@ -243,14 +246,17 @@ def predictor(model: AnyModel, schedule: Schedule, want: str) -> Callable[[Tenso
     def predict(x: Tensor, t: Tensor) -> Tensor:
         times = t.reshape(-1)
         level = schedule.alpha(times), schedule.sigma(times)
-        weights = conversion(model.mixture(times, *level), mixture(want, *level), *level)
+        wanted = (
+            path_derivative(schedule, times, *level) if want == "flow" else mixture(want, *level, scale=scale)
+        )
+        weights = conversion(model.mixture(times, *level), wanted, *level)
         undetermined = ~(weights[0].isfinite() & weights[1].isfinite())
         if undetermined.any():
             raise ValueError(
                 f"a {model.predicts} prediction does not determine {want} at t = {times[undetermined][0]:g}"
             )
         from_x, from_m = (v.to(x).reshape(-1, *[1] * (x.ndim - 1)) for v in weights)
-        m, _ = outputs_at(model, schedule, x, times)
+        m, _ = outputs_at(model, schedule, x, times, dtype)
         if x.requires_grad and torch.is_grad_enabled() and not m.requires_grad:
             raise ValueError(
                 "no gradient flows through the model: call it without torch.no_grad() and without detach()"
@@ -260,7 +266,9 @@ def predictor(model: AnyModel, schedule: Schedule, want: str) -> Callable[[Tenso
     return predict
 
 
-def outputs_at(model: Model, schedule: Schedule, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor | None]:
+def outputs_at(
+    model: Model, schedule: Schedule, x: Tensor, times: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The network asked as `run` asks it: its prediction and, if it has one, its second output, each [B, ...].
 
     Args:
@@ -268,19 +276,27 @@ def outputs_at(model: Model, schedule: Schedule, x: Tensor, times: Tensor) -> tu
         schedule: noise schedule.
         x: the states, [B, ...].
         times: float64, [1] for all or [B].
+        dtype: in which the network is called; None for that of x.
     """
     scale = model.input_scale(schedule.alpha(times), schedule.sigma(times))
     read = model.labels(times)
-    dtype = torch.long if isinstance(read[0], int) else x.dtype
-    labels = torch.tensor(read, dtype=dtype, device=x.device).expand(len(x))
-    m = model.net(scale.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x, labels)
+    label_dtype = torch.long if isinstance(read[0], int) else x.dtype
+    labels = torch.tensor(read, dtype=label_dtype, device=x.device).expand(len(x))
+    given = (scale.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x).to(dtype or x.dtype)
     second, where = None, f"t = {times[0]:g}"
+    try:
+        m = model.net(given, labels)
+    except Exception as error:
+        error.add_note(f"raised by the model at {where}; it was called with x in {given.dtype}")
+        raise
     if model.variance is not None:
         m, second = two_outputs(m, x, where)
-    if not isinstance(m, Tensor) or m.shape != x.shape:
-        came = list(m.shape) if isinstance(m, Tensor) else type(m).__name__
-        raise ValueError(f"the model returned {came} at {where}: expected {list(x.shape)}, the shape of x")
-    return m, second
+    if not isinstance(m, Tensor) or m.shape != x.shape or m.device != x.device or not m.is_floating_point():
+        came = f"{m.dtype} {list(m.shape)} on {m.device}" if isinstance(m, Tensor) else type(m).__name__
+        raise ValueError(
+            f"the model returned {came} at {where}: expected floating point {list(x.shape)} on {x.device}, like x"
+        )
+    return m.to(x.dtype), second
 
 
 def two_outputs(outputs: object, x: Tensor, where: str) -> tuple[Tensor, Tensor]:

@@ -629,7 +629,7 @@ def test_heads_and_batches_that_do_not_fit_are_refused():
         sv.sn_loss(square(same), VP, x0, t[:3], noise)
     with pytest.raises(ValueError, match=r"noise has shape \[3, 3\]: expected that of x0"):
         sv.sn_loss(square(same), VP, x0, t, noise[:3])
-    with pytest.raises(ValueError, match=r"the model returned \[4, 1\]"):
+    with pytest.raises(ValueError, match=r"the model returned .*\[4, 1\]"):
         sv.npr_loss(residual(same, lambda x, t: x[:, :1]), VP, x0, t, noise)
     for model in (same, sv.Model(same), square(same)):
         with pytest.raises(ValueError, match="expected Model\\(net, variance='residual'\\)"):

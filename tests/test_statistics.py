@@ -288,7 +288,7 @@ def test_statistics_that_cannot_be_right_are_refused():
         estimate(torch.tanh, VP, x0.bfloat16(), times, noise=0)
     with pytest.raises(ValueError, match=r"expected finite data, \[n, \*D\]"):
         estimate(torch.tanh, VP, x0 * math.nan, times, noise=0)
-    with pytest.raises(ValueError, match=r"the model returned \[1, 3\].* expected \[5, 3\]"):
+    with pytest.raises(ValueError, match=r"the model returned .*\[1, 3\].* expected .*\[5, 3\]"):
         estimate(lambda x, t: x[:1], VP, x0, times, noise=0)
     with pytest.raises(ValueError, match="model's answer at t = 1 is not finite"):
         estimate(lambda x, t: x / 0, VP, x0, times, noise=0)

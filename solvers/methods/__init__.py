@@ -42,6 +42,7 @@ from solvers.methods.tableaux import (
     second_order,
     strehmel_weiner,
     third_order,
+    three_eighths,
 )
 from solvers.methods.unipc import recommended, unipc
 from solvers.plan import Plan
@@ -141,6 +142,7 @@ METHODS: dict[str, Method] = {
     "krogstad": _rk(krogstad, 4, "data"),
     "strehmel_weiner": _rk(strehmel_weiner, 4, "noise"),
     "hochbruck_ostermann": _rk(hochbruck_ostermann, 4, "data"),
+    "three_eighths": _rk(three_eighths, 4, "data"),
     "rho_midpoint": _rk(second_order(), 2, "noise", "sigma"),
     "rho_kutta3": _rk(etdrk3, 3, "noise", "sigma"),
     "rho_rk4": _rk(etdrk4, 4, "noise", "sigma"),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class Levels:
         """The levels on a grid, once `given` has checked it."""
         return Levels.at(schedule, given(schedule, times), clock)
 
-    def __getitem__(self, where: slice | Tensor) -> "Levels":
+    def __getitem__(self, where: Any) -> "Levels":
         clock = None if self.clock is None else self.clock[where]
         return Levels(self.times[where], self.alpha[where], self.sigma[where], self.half_logsnr[where], clock)
 

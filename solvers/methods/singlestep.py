@@ -15,6 +15,7 @@ from solvers.methods.exponential import (
     touched,
 )
 from solvers.methods.tableaux import (
+    Phi,
     Tableau,
     dpm_solver_2,
     euler,
@@ -134,42 +135,67 @@ def runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form
     return joined(pieces)
 
 
-def _runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form) -> Plan:
-    """The rows of a tableau on a grid none of whose steps is special."""
-    s, t = levels[:-1], levels[1:]
+def textbook_stages(
+    schedule: Schedule, s: Levels, t: Levels, tableau: Tableau, form: Form
+) -> tuple[list[Levels], Tensor, Tensor]:
+    """The steps from s to t by a tableau as a textbook writes them, every stage from the x at the step's start.
+
+    Returns:
+        (calls, x_weights, table): the levels of each call; the weight of x in stages 2, 3, ... and in the end, [steps, stages]; the
+        weights of the outputs in them, [steps, stages, stages].
+    """
     h = t.half_logsnr - s.half_logsnr
-    classical, start = _is_classical(form), form.place(s)
+    start = form.place(s)
 
     def level(c: float) -> Levels:
         place = start + c * (form.place(t) - start)
         return Levels.at(schedule, schedule.time(form.half_logsnr(form.variable, place)), form.clock)
 
-    factor = stochastic_factor(s, t)
-
-    def phi_at(k: int, c: float = 1.0) -> Tensor:
-        return phi(k, torch.zeros_like(h) if classical else RATE[form.predicts] * factor * c * h)
-
     calls = [s if c == 0 else t if c == 1 else level(c) for c in tableau.positions]
-    weights = tableau.weights(phi_at)
+    weights = tableau.weights(phi_of_steps(form, s, t))
     if [len(row) for row in weights] != (expected := [*range(tableau.stages - 1), tableau.stages - 1]):
         raise ValueError(
             f"the tableau has {[len(row) for row in weights]} weights: expected {expected}, of outputs 2, 3, ... in stages 2, 3, ... "
             "and in the end"
         )
-    _, total = form.exact_part(s, t)
-    x_weights, table = (
-        h.new_zeros(len(h), tableau.stages),
-        h.new_zeros(len(h), tableau.stages, tableau.stages),
-    )
+    x_weights = h.new_zeros(len(h), tableau.stages)
+    table = h.new_zeros(len(h), tableau.stages, tableau.stages)
     for k, (end, outputs) in enumerate(zip([*calls[1:], t], weights, strict=True)):
         x_weights[:, k], part = form.exact_part(s, end)
-        scaled = total / form.norm(t) * form.norm(end) if classical else form.slope(end) * factor * h
+        scaled = scale_of_weights(form, s, t, end)
         for j, weight in enumerate(outputs, start=1):
             table[:, k, j] = scaled * weight
         table[:, k, 0] = part - table[:, k, 1:].sum(1)
-    a, b = fold(x_weights, table / torch.stack([form.unit(call) for call in calls], 1)[:, None])
-    turns = len(h) * sum(
-        c < before for before, c in zip(tableau.positions[:-1], tableau.positions[1:], strict=True)
+    return calls, x_weights, table / torch.stack([form.unit(call) for call in calls], 1)[:, None]
+
+
+def phi_of_steps(form: Form, s: Levels, t: Levels) -> Phi:
+    """What a tableau's weights are made of over the steps from s to t: (k, c = 1) -> phi_k(c z), [steps]."""
+    h = t.half_logsnr - s.half_logsnr
+    z = (
+        torch.zeros_like(h)
+        if _is_classical(form)
+        else RATE.get(form.predicts, 0.0) * stochastic_factor(s, t) * h
+    )
+    return lambda k, c=1.0: phi(k, c * z)
+
+
+def scale_of_weights(form: Form, s: Levels, t: Levels, end: Levels) -> Tensor:
+    """What multiplies a tableau's weights, of steps from s to t, in the stage at `end`, [steps]."""
+    if _is_classical(form):
+        return form.exact_part(s, t)[1] / form.norm(t) * form.norm(end)
+    return form.slope(end) * stochastic_factor(s, t) * (t.half_logsnr - s.half_logsnr)
+
+
+def _runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form) -> Plan:
+    """The rows of a tableau on a grid none of whose steps is special."""
+    s, t = levels[:-1], levels[1:]
+    calls, x_weights, table = textbook_stages(schedule, s, t, tableau, form)
+    a, b = fold(x_weights, table)
+    turns = (
+        len(a)
+        // tableau.stages
+        * sum(c < before for before, c in zip(tableau.positions[:-1], tableau.positions[1:], strict=True))
     )
     c = a.new_zeros(0)
     if form.clock is not None:  # each row adds the noise of its own part of the step

@@ -82,14 +82,19 @@ def euler_maruyama(schedule: Schedule, times: Tensor, eta: float = 1.0) -> Plan:
     refuse_upwards(levels)
     s, dt = levels[:-1], levels.times.diff()
     refuse_no_data_at_start(NO_DRIFT, levels)
-    alpha_dot, sigma_dot = path_derivative(schedule, s.times, s.alpha, s.sigma)
-    f = alpha_dot / s.alpha
-    g2 = 2 * s.sigma * (sigma_dot - f * s.sigma)
+    f, g2 = drift_and_diffusion(schedule, s)
     b = (1 + eta) / 2 * g2 / s.sigma * dt
     c = torch.where(levels.sigma[1:] == 0, 0.0, torch.sqrt(eta * g2 * -dt))[:, None]
     return Plan(
         levels.times, levels.alpha, levels.sigma, 1 + f * dt, b[:, None], c, "noise", consistent=False
     )
+
+
+def drift_and_diffusion(schedule: Schedule, at: Levels) -> tuple[Tensor, Tensor]:
+    """f and g^2 of the forward SDE dx = f x dt + g dw at some levels with alpha > 0: alpha' / alpha and 2 sigma (sigma' - f sigma)."""
+    alpha_dot, sigma_dot = path_derivative(schedule, at.times, at.alpha, at.sigma)
+    f = alpha_dot / at.alpha
+    return f, 2 * at.sigma * (sigma_dot - f * at.sigma)
 
 
 def reverse_diffusion(schedule: Schedule, times: Tensor) -> Plan:

@@ -135,3 +135,68 @@ def _hochbruck_ostermann(p: Phi) -> list[list[Tensor]]:
 hochbruck_ostermann = Tableau(  # Hochbruck & Ostermann 2005, eq. 5.19: order 4 also where z is large
     (0.0, 1 / 2, 1 / 2, 1.0, 1 / 2), _hochbruck_ostermann
 )
+
+
+def _cubic_end(p: Phi) -> list[Tensor]:
+    """The weights of outputs at 1/3, 2/3 and 1 that integrate cubics exactly."""
+    return [
+        9 * p(2) - 45 * p(3) + 81 * p(4),
+        -9 / 2 * p(2) + 36 * p(3) - 81 * p(4),
+        p(2) - 9 * p(3) + 27 * p(4),
+    ]
+
+
+def _three_eighths(p: Phi) -> list[list[Tensor]]:
+    """sum_i b_i psi_{2,i} = 0 at every z, with psi_{2,i} = sum_j a_ij c_j - c_i^2 phi_2(c_i z): the last stage takes what the others leave."""
+    b2, b3, b4 = _cubic_end(p)
+    psi = (b2 * p(2, 1 / 3) / 9 - 2 / 9 * b3 * p(2, 2 / 3)) / b4
+    a43 = 3 * (p(2) + psi)
+    return [[], [2 * p(2, 2 / 3)], [-a43, a43], [b2, b3, b4]]
+
+
+three_eighths = Tableau(
+    (0.0, 1 / 3, 2 / 3, 1.0), _three_eighths
+)  # order 4, this library; Kutta's 3/8 rule at z = 0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tableau of order p with the weights of a solution of order p - 1, for an estimate of the error.
+
+    Attributes:
+        tableau: of the higher solution.
+        low: the weights of outputs 2, 3, ... in the lower one; as many as there are stages where it reads the output at the end of the step
+            too, which is the first of the next.
+        order: p.
+    """
+
+    tableau: Tableau
+    low: Callable[[Phi], list[Tensor]]
+    order: int
+    asks_at_end: bool = False
+
+
+# Lu et al. 2022 (arXiv 2206.00927), appendix C
+dpm_solver_12 = Pair(dpm_solver_2(1 / 2), lambda p: [], 2)
+dpm_solver_23 = Pair(third_order(1 / 3, 2 / 3), lambda p: dpm_solver_2(1 / 3).weights(p)[-1], 3)
+
+
+def _second_order_low(p: Phi) -> list[Tensor]:
+    """A quarter of the way from the third order's weights to the midpoint rule's: the tolerance is kept, but not by much."""
+    (b2, b3), (low,) = (
+        tableau.weights(p)[-1] for tableau in (third_order(1 / 2, 3 / 4), second_order(1 / 2))
+    )
+    return [(3 * b2 + low) / 4, 3 / 4 * b3]
+
+
+def _third_order_low(p: Phi) -> list[Tensor]:
+    """The third difference (-1, 3, -3, -3, 4) / 20 away, in which the stage and the step's end, both at 1, weigh -3 and 4: order 3.
+
+    A pair whose weights differ at 1 alone, as that of Krogstad's method, sees nothing of an output that depends on time only.
+    """
+    b2, b3, b4 = _cubic_end(p)
+    return [b2 + 3 / 20, b3 - 3 / 20, b4 - 3 / 20, 4 / 20 + 0 * b4]
+
+
+exponential_32 = Pair(third_order(1 / 2, 3 / 4), _second_order_low, 3)  # Bogacki & Shampine's nodes
+exponential_43 = Pair(three_eighths, _third_order_low, 4, asks_at_end=True)
