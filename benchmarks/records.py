@@ -84,8 +84,26 @@ class Law:
     benchmark: str = "law"
 
 
-Record = Step | WorkPrecision | Law
-KINDS = {"step": Step, "work_precision": WorkPrecision, "law": Law}
+@dataclass(frozen=True)
+class Adaptive:
+    """The calls that a tolerance costs, and the true error that it leaves."""
+
+    solver: str
+    problem: str
+    tolerance: float | None  # rtol and atol; None for a fixed plan
+    nfe: float  # mean over starts
+    most: int  # the largest
+    rejected: float  # steps, mean over starts
+    rmse: float  # over starts and dimensions, against the exact flow
+    median: float  # over starts, of one start's root mean square
+    starts: int
+    seed: int
+    versions: dict[str, str] = field(default_factory=versions)
+    benchmark: str = "adaptive"
+
+
+Record = Step | WorkPrecision | Law | Adaptive
+KINDS = {"step": Step, "work_precision": WorkPrecision, "law": Law, "adaptive": Adaptive}
 
 
 def arguments(

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 
 import torch
 from torch import Tensor
@@ -42,9 +44,9 @@ from solvers.methods.tableaux import (
 from solvers.methods.unipc import with_corrector
 from solvers.noise import Ahead
 from solvers.plan import Plan
-from solvers.predictions import AnyModel, predictor
-from solvers.run import started
-from solvers.schedules import Schedule
+from solvers.predictions import AnyModel, as_model, predictor
+from solvers.run import started, warn_of_training
+from solvers.schedules import Schedule, in_lanes
 
 PAIRS = {
     ("dpm_solver", 2): dpm_solver_12,
@@ -53,10 +55,14 @@ PAIRS = {
     ("exponential_rk", 4): exponential_43,
 }
 METHODS = ("adams", "dpm_solver", "exponential_rk")
-USUAL = {"adams": (6, "velocity"), "dpm_solver": (3, "noise"), "exponential_rk": (3, "data")}
-ADAMS = Control(safety=0.6, integral=1.0, proportional=0.0, least=0.1, most=2.0)
+USUAL = {"adams": (6, "velocity"), "dpm_solver": (3, "noise"), "exponential_rk": (3, "velocity")}
+SILENT = 0.03  # of the tolerance, by how much predictors may disagree on a last step that ends unasked
+ADAMS = Control(safety=0.5, integral=1.0, proportional=0.0, least=0.1, most=2.0)
+CORRECTED = (
+    1 / 3
+)  # of the predictor's error counts: the corrected state, with which the run goes on, has a smaller one
 PAIR = Control(safety=0.9, integral=0.7, proportional=0.4, least=0.2, most=5.0)
-PAPER = Control(safety=0.9, integral=1.0, proportional=0.0, least=0.0, most=float("inf"))
+PAPER = Control(0.9, 1.0, 0.0, least=0.0, most=inf, rejected=1.0, stretch=1.0)
 FIRST_STEP = 0.05  # of pairs, in half log-SNR: Lu et al. 2022
 PREDICTOR_TRIALS = 8
 
@@ -121,15 +127,18 @@ def adaptive(
     choice("method", method, METHODS)
     usual_order, usual_form = USUAL[method]
     order = usual_order if order is None else order
-    predicts = choice("predicts", predicts or usual_form, FORMS)
+    predicts = choice("predicts", usual_form if predicts is None else predicts, FORMS)
     if method == "adams":
         whole("order", order, 1, MAX_ORDER)
-    elif (method, order) not in PAIRS:
+    elif isinstance(order, bool) or not isinstance(order, int) or (method, order) not in PAIRS:
         orders = [o for name, o in PAIRS if name == method]
         raise ValueError(f"order = {order!r:.100} with method = {method!r}: expected one of {orders}")
     form = Form(predicts, singlestep_variable(predicts), scale)
     state = started(x)
-    task = task_of(model, schedule, form, state.x, state.input_dtype, start, stop, rtol, atol, coupled)
+    to_the_ends = (method, predicts) == ("adams", "velocity")
+    task = task_of(
+        model, schedule, form, state.x, state.input_dtype, start, stop, rtol, atol, coupled, to_the_ends
+    )
     limits(first_step, max_nfe, on_limit)
     kind: Method = Adams(task, most=order) if method == "adams" else Embedded(task, pair=PAIRS[method, order])
     with torch.no_grad():
@@ -148,11 +157,12 @@ def task_of(
     stop: float | None,
     rtol: float,
     atol: float,
-    coupled: bool,
+    coupled: bool = False,
+    to_the_ends: bool = False,
 ) -> Task:
-    """The task, its ends and tolerances checked."""
+    """The task, its tolerances and its ends checked, which may have alpha = 0 or sigma = 0 if it is `to_the_ends`."""
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not 0 <= number(name, value) < float("inf"):
+        if not 0 <= number(name, value) < inf:
             raise ValueError(f"{name} = {value}: expected a finite number from 0, e.g. {name}=1e-3")
     least = ROUNDING * torch.finfo(x.dtype).eps
     if max(rtol, atol) < least:
@@ -160,14 +170,14 @@ def task_of(
         raise ValueError(
             f"rtol = {rtol}, atol = {atol}: expected one of them from {least:.2g} on; {hint}, e.g. rtol=1e-3, atol=1e-3"
         )
+    warn_of_training(as_model(model))
     ends = ends_of(schedule, start, stop)
     levels = Levels.at(schedule, torch.tensor(ends, dtype=torch.float64, device="cpu"), form.clock)
-    for end, place in zip(("start", "stop"), form.place(levels).tolist(), strict=True):
-        if not abs(place) < float("inf"):
-            t = ends[end == "stop"]
+    for k, end in enumerate(("start", "stop")):
+        if not to_the_ends and (levels.alpha[k] == 0 or levels.sigma[k] == 0):
             raise ValueError(
-                f"{end} = {t:g}: {form.predicts} form steps in {form.variable}, which is infinite there; give {end}= a time with alpha > 0 and "
-                "sigma > 0, or take method='adams' with predicts='velocity'"
+                f"{end} = {ends[k]:g}: half log-SNR is infinite there; give {end}= a time with alpha > 0 and sigma > 0, or take `adaptive` "
+                "with method='adams' and predicts='velocity'"
             )
     return Task(
         schedule,
@@ -223,7 +233,8 @@ class Adams(Method):
     to the q-th divided difference of the outputs, estimates the predictor's error, and the corrected state goes on. The same
     differences of orders q - 1 and q + 1 cost no call: the order whose next step would be the longest is taken next. Before the
     model is asked, the predictors of orders q and q + 1 are compared, and the step is shortened where they disagree by more than the
-    tolerance. The last step ends with the predictor of order q + 1, so the model is never asked at the stop.
+    tolerance. At a stop with sigma = 0 or alpha = 0 the model is not asked: the last step ends with the predictor of order q + 1, and is
+    shortened until it agrees with that of order q to a tenth of the tolerance.
     Source: this library, after Shampine & Gordon 1975, Computer solution of ordinary differential equations, chapter 10.
     """
 
@@ -239,29 +250,31 @@ class Adams(Method):
         """Predict, shorten the step until the predictors agree, ask, correct, choose the next order and step."""
         task, order = self.task, front.order
         more = torch.where(front.known > order, order + 1, order)
-        place, _, at_end = aim(task, front)
-        here = task.form.place(front.here)
+        place, at_end = aim(task, front, ADAMS)
+        here = task.place(front.here)
         for trial in range(PREDICTOR_TRIALS + 1):
             end = task.level(place, at_end)
-            grid = self._grid(front, end)
-            weights = self._weights(grid, order)
-            a = column(task.form.exact_part(front.here, end)[0], front.x)
+            weights = self._weights(front, end, order)
+            a = column(task.exact_part(front.here, end)[0], front.x)
             low = a * front.x + mixed(weights, front.outputs)
             if self.noise:  # which no predictor knows of
                 break
-            higher = mixed(self._weights(grid, more) - weights, front.outputs)
+            higher = mixed(self._weights(front, end, more) - weights, front.outputs)
             tolerance = task.tolerance(low, end, front.before)
-            doubt = task.ratio(higher, tolerance)
-            shorter = torch.where(doubt <= 1, 1.0, self._factor(doubt, order).clamp(0.3, REJECTED))
-            shorter = torch.where(at_end & (more == order), 0.5, shorter)  # the stop is not asked at
+            doubt = self._ratio(higher, tolerance)
+            silent = at_end & (not self.asks_at_stop)
+            excess = torch.where(silent, doubt / SILENT, doubt)
+            shorter = torch.where(excess > 1, self._factor(excess, order).clamp(0.3, REJECTED), 1.0)
+            shorter = torch.where(silent & (more == order), 0.5, shorter)
             if trial == PREDICTOR_TRIALS or (shorter == 1).all():
                 break
             place = here + (place - here) * shorter
             at_end = at_end & (shorter == 1)
-        unasked = at_end
+        unasked = at_end & (not self.asks_at_stop)
         if self.noise:
-            unasked = torch.zeros_like(at_end)
-            low = low + column(noise_weight(task.form, front.here, end), low) * self.noise.normals(front, end)
+            low = low + column(
+                in_lanes(partial(noise_weight, task.form), front.here, end), low
+            ) * self.noise.normals(front, end)
             tolerance = task.tolerance(low, end, front.before)
 
         output = torch.zeros_like(low)
@@ -271,18 +284,18 @@ class Adams(Method):
 
         def difference(orders: Tensor) -> Tensor:
             """The corrector of one order more less the predictor of some orders."""
-            change = self._weights(grid, orders, new=True)
-            change[:, 1:] -= self._weights(grid, orders)
+            change = self._weights(front, end, orders, new=True)
+            change[:, 1:] -= self._weights(front, end, orders)
             return mixed(change, [output, *front.outputs])
 
         correction = difference(order)
-        error = task.ratio(correction, tolerance)
+        error = self._ratio(correction, tolerance)
         lower, raisable = order > 1, (more > order) & (order < self.most)
         factors = [torch.zeros_like(error), self._factor(error, order), torch.zeros_like(error)]
         for side, allowed in ((0, lower), (2, raisable & (error <= 1))):
             if allowed.any() and not self.noise:
                 other = torch.where(allowed, order + side - 1, order)
-                estimate = task.ratio(difference(other), tolerance)
+                estimate = self._ratio(difference(other), tolerance)
                 factors[side] = torch.where(allowed, self._factor(estimate, other), 0.0)
         factor, best = torch.stack(factors).max(0)
         factor = torch.where(error <= 1, factor, factor.clamp(max=REJECTED))
@@ -297,33 +310,45 @@ class Adams(Method):
         taken = torch.where(unasked, more, order)
         return Trial(end, x, low, error, at_end, factor, following, output, (~unasked).long(), taken)
 
+    @property
+    def asks_at_stop(self) -> bool:
+        """Whether the model is asked at the stop: there are noise and data in it."""
+        stop = self.task.ends[1]
+        return bool(stop.sigma > 0) and bool(stop.alpha > 0)
+
+    def _ratio(self, error: Tensor, tolerance: Tensor) -> Tensor:
+        """What of a predictor's error counts, over the tolerance, [b]; of an SDE all of it."""
+        return self.task.ratio(error, tolerance) * (1.0 if self.noise else CORRECTED)
+
     def _factor(self, error: Tensor, order: Tensor) -> Tensor:
         """How much longer the next step may be, [b]; the error of a step of an SDE falls as its length^1.5."""
         return ADAMS.factor(error, error, torch.full_like(error, 1.5) if self.noise else order + 1.0)
 
-    def _grid(self, front: Front, end: Levels) -> Levels:
-        """Past levels, the oldest first, and the end of each sample, one sample after the other, [b (K + 1)]."""
-        names = ("times", "alpha", "sigma", "half_logsnr") + (("clock",) if end.clock is not None else ())
-        return Levels(
-            *(
-                torch.cat([getattr(front.past, n).flip(1), getattr(end, n)[:, None]], 1).flatten()
-                for n in names
-            )
-        )
-
-    def _weights(self, grid: Levels, orders: Tensor, new: bool = False) -> Tensor:
+    def _weights(self, front: Front, end: Levels, orders: Tensor, new: bool = False) -> Tensor:
         """Weights of the past outputs, the newest first, and with `new` of that at the end before them, for steps of some orders.
 
         Of the predictor with as many outputs as its order, or with `new` of the corrector with one more: [b, K] or [b, K + 1].
         """
         size = self.window + 1
+        names = ("times", "alpha", "sigma", "half_logsnr") + (("clock",) if end.clock is not None else ())
         weights = torch.zeros(len(orders), size, dtype=torch.float64, device="cpu")
         for q in set(orders.tolist()):
             rows = (orders == q).nonzero().flatten()
             nodes = [0, 1, *range(-1, -q, -1)] if new else [*range(0, -q, -1)]
-            steps = rows * size + size - 2  # the last but one of a sample's levels
-            table = adams_weights(self.task.schedule, self.task.form, grid, steps, nodes, "vary_coeff")
-            weights[rows[:, None], 1 - torch.tensor(nodes, device="cpu")] = table
+
+            def table(past: Levels, end: Levels, nodes: list[int] = nodes) -> Tensor:
+                """[rows, nodes], of levels in a row: of each sample the past ones, the oldest first, and the end."""
+                row = [
+                    torch.cat([getattr(past, n).flip(1), getattr(end, n)[:, None]], 1).flatten()
+                    for n in names
+                ]
+                steps = torch.arange(len(past), device="cpu") * size + size - 2
+                return adams_weights(
+                    self.task.schedule, self.task.form, Levels(*row), steps, nodes, "vary_coeff"
+                )
+
+            places = 1 - torch.tensor(nodes, device="cpu")
+            weights[rows[:, None], places] = in_lanes(table, front.past[rows], end[rows])
         return weights if new else weights[:, 1:]
 
 
@@ -357,27 +382,19 @@ class Embedded(Method):
 
     def attempt(self, front: Front) -> Trial:
         """All stages; the first output is at hand."""
-        task, form, s, tableau = self.task, self.task.form, front.here, self.pair.tableau
-        place, _, at_end = aim(task, front)
+        task, s, tableau = self.task, front.here, self.pair.tableau
+        control = PAPER if task.coupled else PAIR
+        place, at_end = aim(task, front, control)
         end = task.level(place, at_end)
-        calls, x_weights, table = textbook_stages(self.task.schedule, s, end, tableau, form)
+        calls, x_weights, table, a, low_weights = in_lanes(self._step, s, end)
         outputs = front.outputs[:1]
         for k in range(tableau.stages):
             x = column(x_weights[:, k], front.x) * front.x + mixed(table[:, k, : k + 1], outputs)
             if k + 1 < tableau.stages or self.pair.asks_at_end:
                 at = calls[k + 1] if k + 1 < tableau.stages else end
                 outputs = [*outputs, task.ask(x, at.times)]
-        others = [
-            scale_of_weights(form, s, end, end) * weight
-            for weight in self.pair.low(phi_of_steps(form, s, end))
-        ]
-        asked = [*calls, end]
-        a, total = form.exact_part(s, end)
-        weights = torch.stack([total - sum(others), *others], 1)
-        weights = weights / torch.stack([form.unit(asked[j]) for j in range(weights.shape[1])], 1)
-        low = column(a, front.x) * front.x + mixed(weights, outputs)
+        low = column(a, front.x) * front.x + mixed(low_weights, outputs)
         error = task.ratio(x - low, task.tolerance(low, end, front.before))
-        control = PAPER if task.coupled else PAIR
         factor = control.factor(error, front.error, float(self.pair.order))
         made = torch.full_like(front.order, self.calls)
         return Trial(
@@ -393,6 +410,16 @@ class Embedded(Method):
             front.order,
         )
 
+    def _step(self, s: Levels, end: Levels) -> tuple[list[Levels], Tensor, Tensor, Tensor, Tensor]:
+        """The stages of steps from s to `end` as `textbook_stages` has them; the weights of x and the outputs in the lower solution."""
+        form = self.task.form
+        calls, x_weights, table = textbook_stages(self.task.schedule, s, end, self.pair.tableau, form)
+        others = [scale_of_weights(form, s, end, end) * w for w in self.pair.low(phi_of_steps(form, s, end))]
+        a, total = form.exact_part(s, end)
+        weights = torch.stack([total - sum(others), *others], 1)
+        units = [form.unit(at) for at in [*calls, end][: weights.shape[1]]]
+        return calls, x_weights, table, a, weights / torch.stack(units, 1)
+
 
 def replay(solution: Solution, sample: int = 0) -> Plan:
     """The steps that an adaptive run found for one of its samples, as a plan: run on that sample it gives the same result.
@@ -406,26 +433,20 @@ def replay(solution: Solution, sample: int = 0) -> Plan:
         )
     whole("sample", sample, 0, len(solution.x) - 1)
     method, times = solution.method, solution.times[sample]
-    if method is None or method.task.form.clock is not None or method.task.form.variable == "t":
+    if not isinstance(method, (Adams, Embedded)) or method.task.form.clock is not None:
         raise ValueError(
             "only the steps of `adaptive` are those of a plan: not of odeint, sdeint or adaptive_sde"
         )
     if len(times) < 2:
         raise ValueError(f"sample {sample} took no step: its status is {solution.status[sample]!r}")
     levels = Levels.of(method.task.schedule, times)
-    if method.tableau is not None:
+    if isinstance(method, Embedded):
         return runge_kutta(method.task.schedule, levels, method.tableau, method.task.form)
-    orders = solution.orders[sample]
-    a, b = adams_rows(method.task.schedule, method.task.form, levels, orders, "vary_coeff")
-    plan = Plan(
-        levels.times,
-        levels.alpha,
-        levels.sigma,
-        a,
-        b,
-        predicts=method.task.form.predicts,
-        scale=method.task.form.scale,
-    )
-    return with_corrector(
-        plan, levels, method.task.form, torch.arange(plan.rows + 1, device="cpu"), orders, "vary_coeff"
-    )
+    orders, form, at_stop = solution.orders[sample], method.task.form, levels
+    a, b = adams_rows(method.task.schedule, form, levels, orders, "vary_coeff")
+    if method.asks_at_stop:  # a row without length corrects the last step
+        at_stop = levels[[*range(len(times)), -1]]
+        a, b = torch.cat([a, torch.ones_like(a[:1])]), torch.cat([b, torch.zeros_like(b[:1])])
+    plan = Plan(at_stop.times, at_stop.alpha, at_stop.sigma, a, b, predicts=form.predicts, scale=form.scale)
+    ends = torch.arange(plan.rows + 1, device="cpu")
+    return with_corrector(plan, at_stop, form, ends, [*orders, 1], "vary_coeff")

@@ -1,6 +1,7 @@
-"""Adaptive steps for SDEs, sample by sample: an embedded SDE-DPM-Solver++ pair, and the stochastic Heun pair of Gotta Go Fast."""
+"""Adaptive steps for SDEs, sample by sample: an embedded SDE-DPM-Solver++ pair, and that of Gotta Go Fast."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from solvers.methods.stochastic import constant, drift_and_diffusion, stochastic
 from solvers.noise import Ahead, PerSample, as_source
 from solvers.predictions import AnyModel
 from solvers.run import started
-from solvers.schedules import Schedule
+from solvers.schedules import Schedule, in_lanes
 
 METHODS = ("dpm_solver_pp_sde", "gotta_go_fast")
 GOTTA_GO_FAST = Control(safety=0.9, integral=0.9, proportional=0.0, least=0.1, most=10.0)
@@ -84,7 +85,7 @@ def adaptive_sde(
         )
     heun = method == "gotta_go_fast"
     form = Form("noise", "t") if heun else Form("data", clock=constant(eta) if eta else None)
-    task = task_of(model, schedule, form, state.x, state.input_dtype, start, stop, rtol, atol, coupled=False)
+    task = task_of(model, schedule, form, state.x, state.input_dtype, start, stop, rtol, atol)
     origin = task.ends[:1]
     if (task.ends.half_logsnr < origin.half_logsnr).any():
         raise ValueError(
@@ -97,7 +98,7 @@ def adaptive_sde(
             return origin.times - at.times
         return torch.expm1(2 * (at.clock - origin.clock))
 
-    wiener = Wiener(Ahead(source, 0.0, x.shape[1:]), clock)
+    wiener = Wiener(Ahead(source, 0.0, x.shape[1:]), partial(in_lanes, clock))
     kind: Method = StochasticHeun(task, noise=wiener, eta=eta)
     if not heun:
         kind = Adams(task, LONGEST / (1 + eta), 2, wiener) if eta else Adams(task, most=2)
@@ -123,12 +124,13 @@ class StochasticHeun(Method):
     def attempt(self, front: Front) -> Trial:
         """Two slopes, of which the first is at hand."""
         task = self.task
-        place, length, at_end = aim(task, front)
+        place, at_end = aim(task, front, GOTTA_GO_FAST)
         end = task.level(place, at_end)
+        length = (end.times - front.here.times).abs()
         z = self.noise.normals(front, end)
 
         def change(at: Levels, x: Tensor, output: Tensor) -> Tensor:
-            f, g2 = drift_and_diffusion(self.task.schedule, at)
+            f, g2 = in_lanes(partial(drift_and_diffusion, task.schedule), at)
             drift = -length * f, -length * (1 + self.eta) / 2 * g2 / at.sigma
             weights = [column(v, x) for v in (*drift, torch.sqrt(self.eta * g2 * length))]
             return weights[0] * x + weights[1] * output + weights[2] * z

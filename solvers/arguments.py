@@ -16,7 +16,10 @@ def number(name: str, value: float) -> float:
     """A real number, and not text that reads like one."""
     if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} = {value!r:.100}: expected a real number")
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # of a tensor or array that is not one number
+        raise TypeError(f"{name} = {value!r:.100}: expected a real number") from error
 
 
 def numbers(name: str, values: "Tensor | ArrayLike") -> Tensor:

@@ -36,7 +36,7 @@ class _Equation:
         self, model: AnyModel, schedule: Schedule, variable: str, want: str, dtype: torch.dtype | None
     ):
         self.schedule, self.variable = schedule, choice("variable", variable, VARIABLES, ALIASES)
-        self.nfe, self.most = 0, math.inf
+        self.nfe, self.most, self.finite = 0, math.inf, torch.tensor(True)
         self.bounds = -math.inf, math.inf  # of t: libraries probe behind the stop, and round
         self._predict = predictor(model, schedule, want, dtype=dtype)
 
@@ -79,7 +79,9 @@ class _Equation:
         if self.nfe >= self.most:
             raise _GaveUp("max_nfe", f"max_nfe = {self.most} calls did not suffice")
         self.nfe += 1
-        return self._predict(x, at.times)
+        output = self._predict(x, at.times)
+        self.finite = output.isfinite().all()  # of the last
+        return output
 
 
 class ProbabilityFlow(_Equation):
@@ -161,7 +163,7 @@ class ReverseSDE(_Equation):
         at = self.level(self._sign * s)
         x = y.reshape(-1, *self.shape)
         x = x * at.alpha.to(x) if self.variable == "sigma" else x
-        noise = self._ask(x, at).flatten(1)
+        noise = self._ask(x, at).reshape(y.shape)
         if self.variable == "sigma":
             return -(1 + self.eta) * noise
         linear, square = drift_and_diffusion(self.schedule, at)
@@ -233,10 +235,14 @@ def odeint(
     state = started(x)
     flow = ProbabilityFlow(model, schedule, variable, state.input_dtype)
     ends = ends_of(schedule, start, stop)
-    if len(x) == 0 or ends[0] == ends[1]:
+    if x.numel() == 0 or ends[0] == ends[1]:
         return _same_for_all(state.x, 0, 0, ends[:1])
     places = torch.stack([flow.place(t) for t in ends])
+    if not isinstance(options, Mapping | None):
+        raise TypeError(f"options = {options!r:.100}: expected a dict, e.g. {{'first_step': 0.01}}")
     y, options = flow.state(state.x, ends[0]), dict(options or {})
+    if "step_size" in options:
+        positive(step_size=options["step_size"])
     flow.most, flow.bounds = max_nfe, (min(ends), max(ends))
     adaptive = "callback_accept_step" in SOLVERS[method].valid_callbacks()
     fixed = "callback_step" in SOLVERS[method].valid_callbacks() and not adaptive
@@ -275,17 +281,25 @@ def odeint(
     except UserWarning as error:
         raise ValueError(f"options = {options!r:.200}: {method} does not know them all; {error}") from error
     except (AssertionError, _GaveUp) as error:
-        reached, y = accepted[-1] if accepted else (places[0], y)
-        t, status = float(flow.level(reached).times), getattr(error, "status", "min_step")
+        y = accepted[-1][1] if accepted else y
+        times = [ends[0], *(float(flow.level(v).times) for v, _ in accepted if v != places[0])]
+        t, status = times[-1], getattr(error, "status", "min_step" if flow.finite else "non_finite")
         raise NonConvergence(
             f"torchdiffeq's {method} in {flow.variable} came to t = {t:g} with {flow.nfe} calls and {rejected} rejected steps: {error!s:.200}; "
             "is the model's output finite, and rtol, atol within reach?",
-            _same_for_all(flow.x(y, t), flow.nfe, rejected, [ends[0], t], status),
+            _same_for_all(flow.x(y, t), flow.nfe, rejected, times, status),
             [*range(len(x))],
         ) from error
     times = [float(flow.level(v).times) for v, _ in accepted]
     inner = [t for t in times if t != ends[0]]
-    return _same_for_all(flow.x(end, ends[1]), flow.nfe, rejected, [ends[0], *inner, ends[1]])
+    result = _same_for_all(flow.x(end, ends[1]), flow.nfe, rejected, [ends[0], *inner, ends[1]])
+    if not end.isfinite().all():
+        raise NonConvergence(
+            f"torchdiffeq's {method} in {flow.variable} made {flow.nfe} calls: the result is not finite; is the model's output finite?",
+            replace(result, status=["non_finite"] * len(x)),
+            [*range(len(x))],
+        )
+    return result
 
 
 def sdeint(
@@ -343,18 +357,22 @@ def sdeint(
     state = started(x)
     sde = ReverseSDE(model, schedule, x.shape[1:], variable, eta, state.input_dtype)
     ends = ends_of(schedule, start, stop)
-    if len(x) == 0 or ends[0] == ends[1]:
+    if x.numel() == 0 or ends[0] == ends[1]:
         return _same_for_all(state.x, 0, 0, ends[:1])
     places = torch.stack([sde.place(t) for t in ends]).to(x.device)
     if places[1] < places[0]:
         raise ValueError(
             f"t from {ends[0]:g} to {ends[1]:g} is from data to noise, where the reverse SDE does not lead: encode with odeint"
         )
-    y = sde.state(state.x, ends[0]).flatten(1)
+    y = sde.state(state.x, ends[0]).reshape(len(x), -1)
+    known = {"grad_free"} if method == "milstein" else set()
+    if set(options or {}) - known:
+        raise ValueError(f"options = {options!r:.200}: {method} knows {sorted(known)}")
     sde.most, sde.bounds = max_nfe, (min(ends), max(ends))
     path = torchsde.BrownianInterval(
         places[0], places[1], size=y.shape, dtype=y.dtype, device=y.device, entropy=noise,
         levy_area_approximation="space-time" if method == "srk" else "none",
+        dt=float(places[1] - places[0]) / steps,
     )  # fmt: skip
     length = places[1] - places[0]
     try:
@@ -362,11 +380,17 @@ def sdeint(
             warnings.filterwarnings("error", message="Hitting minimum")
             warnings.filterwarnings("ignore", message="Numerical solution is not guaranteed")
             end = torchsde.sdeint(
-                sde, y, places, bm=path, method=method, dt=float(length) / steps, adaptive=adaptive, rtol=rtol, atol=atol,
+                sde, y, places, bm=path, method=method, dt=float(length) / steps * (1 + 1e-12), adaptive=adaptive, rtol=rtol, atol=atol,
                 dt_min=1e-9 * float(length), options=dict(options or {}),
             )[-1]  # fmt: skip
-    except (UserWarning, _GaveUp) as error:
-        start_only = _same_for_all(state.x, sde.nfe, 0, ends[:1], getattr(error, "status", "min_step"))
+    except (UserWarning, AssertionError, _GaveUp) as error:
+        start_only = _same_for_all(
+            state.x,
+            sde.nfe,
+            0,
+            ends[:1],
+            getattr(error, "status", "min_step" if sde.finite else "non_finite"),
+        )
         raise _sde_gave_up(method, sde, str(error), start_only) from error
     result = _same_for_all(sde.x(end.reshape(x.shape), ends[1]), sde.nfe, 0, ends)
     if not end.isfinite().all():

@@ -1,5 +1,6 @@
 """Comparing solvers on one problem: plans within a budget of calls, the exact answer, errors."""
 
+import math
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -114,6 +115,22 @@ def errors(x: Tensor, exact: Tensor) -> dict[str, float]:
     """The root-mean-square error over all elements, and the median over the samples of theirs."""
     squares = (x - exact).double().flatten(1).square().mean(1)
     return {"error": squares.mean().sqrt().item(), "median_error": squares.sqrt().median().item()}
+
+
+def price(points: Iterable[tuple[float, float]], target: float) -> float | None:
+    """The calls that an error costs, between (calls, error) where it is reached for good, on logarithmic scales; None if it is not.
+
+    Where the dearest point misses the target there is no price; where the cheapest meets it, its calls are it.
+    """
+    line = sorted(points)
+    above = [k for k, (_, error) in enumerate(line) if error > target]
+    if not line or (above and above[-1] == len(line) - 1):
+        return None
+    if not above:
+        return line[0][0]
+    (low, worse), (high, better) = line[above[-1]], line[above[-1] + 1]
+    share = math.log(worse / target) / math.log(worse / better)
+    return low * (high / low) ** share
 
 
 def versions() -> dict[str, str]:

@@ -13,12 +13,12 @@ from solvers.grids import given
 from solvers.methods.exponential import Form, Levels
 from solvers.methods.multistep import adams_weights
 from solvers.methods.tableaux import Tableau
-from solvers.schedules import Schedule
+from solvers.schedules import Schedule, in_lanes
 
 ON_LIMIT = ("raise", "return")
 FIRST_SHARE = 0.5  # of the way, times (tolerance / change of one step to the end)^(1/2); at most half of it
-STRETCH = 1.2  # a step that would leave less than a fifth of its length to the end goes there
-REJECTED = 0.8  # at most, the next step's length: below 1 / STRETCH, so that no step is tried twice
+STRETCH = 1.2
+REJECTED = 0.8  # below 1 / STRETCH, so that no step is tried twice
 MOST_NON_FINITE = 10  # trials in a row
 AFTER_NON_FINITE = 0.2  # the length of the next trial
 ROUNDING = 100  # times the state's: no tolerance below it can be kept
@@ -29,7 +29,7 @@ class Control(NamedTuple):
     """The length of the next step over that of the last: safety E_n^(-integral / k) E_{n-1}^(proportional / k), from least to most.
 
     E is the estimated error of a step over the tolerance, k one more than the order of the solution that is estimated. A step with
-    E > 1 is rejected, and the next is at most REJECTED times as long.
+    E > 1 is rejected, and the next is at most `rejected` times as long. A step that would leave less than (stretch - 1) of its length to the end goes there.
     Source: Hairer & Wanner 1996 (doi 10.1007/978-3-642-05221-7), section IV.2, eq. 2.43.
     """
 
@@ -38,13 +38,22 @@ class Control(NamedTuple):
     proportional: float
     least: float
     most: float
+    rejected: float = REJECTED
+    stretch: float = STRETCH
 
     def factor(self, error: Tensor, before: Tensor, k: Tensor | float) -> Tensor:
         """[b]; `before` is E of the last accepted step."""
-        trend = before.clamp(min=1e-4) ** (self.proportional / k)
-        factor = self.safety * error.clamp(min=1e-10) ** (-self.integral / k) * trend
+
+        def power(base: Tensor, k: Tensor) -> Tensor:
+            return base.clamp(min=1e-10) ** (-self.integral / k)
+
+        def trend(base: Tensor, k: Tensor) -> Tensor:
+            return base.clamp(min=1e-4) ** (self.proportional / k)
+
+        k = torch.as_tensor(k, dtype=torch.float64, device="cpu").expand_as(error)
+        factor = self.safety * in_lanes(power, error, k) * in_lanes(trend, before, k)
         factor = factor.clamp(self.least, self.most)
-        return torch.where(error <= 1, factor, factor.clamp(max=REJECTED))
+        return torch.where(error <= 1, factor, factor.clamp(max=self.rejected))
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,12 +195,23 @@ class Task:
     def level(self, place: Tensor, at_end: Tensor) -> Levels:
         """The levels at some places, [b]; exactly the stop where `at_end`."""
         low, high = sorted(self.ends.times.tolist())
-        times = place
-        if self.form.variable != "t":
-            times = self.schedule.time(self.form.half_logsnr(self.form.variable, place))
-        times = times.clamp(low, high)
-        times = torch.where(at_end, self.ends.times[1], times)
-        return Levels.at(self.schedule, times, self.form.clock)
+
+        def at(place: Tensor, at_end: Tensor) -> Levels:
+            times = place
+            if self.form.variable != "t":
+                times = self.schedule.time(self.form.half_logsnr(self.form.variable, place))
+            times = torch.where(at_end, self.ends.times[1], times.clamp(low, high))
+            return Levels.at(self.schedule, times, self.form.clock)
+
+        return in_lanes(at, place, at_end)
+
+    def place(self, at: Levels) -> Tensor:
+        """Where levels are in the variable of the steps, [b]."""
+        return in_lanes(self.form.place, at)
+
+    def exact_part(self, s: Levels, t: Levels) -> tuple[Tensor, Tensor]:
+        """As of the form, [b] each."""
+        return in_lanes(self.form.exact_part, s, t)
 
     def tolerance(self, low: Tensor, end: Levels, before: Tensor) -> Tensor:
         """What an error at the end of a step is measured in, like x: of the lower solution, and of that of the step before.
@@ -199,7 +219,7 @@ class Task:
         Source: Lu et al. 2022 (arXiv 2206.00927), appendix C. Differs: the states are compared where alpha^2 + sigma^2 = 1, so that all
         schedules of one ODE have the same steps.
         """
-        unit = column(torch.hypot(end.alpha, end.sigma), low)
+        unit = column(size(end), low)
         return unit * (self.rtol * torch.maximum(low.abs() / unit, before)).clamp(min=self.atol)
 
     def ratio(self, error: Tensor, tolerance: Tensor) -> Tensor:
@@ -207,9 +227,9 @@ class Task:
 
         Sample by sample, as sums over a batch depend on its size.
         """
-        rows = (error / tolerance).flatten(1)
+        rows = error / tolerance
         norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows]).cpu()
-        ratio = norms / math.sqrt(max(rows.shape[1], 1))
+        ratio = norms / math.sqrt(max(rows[0].numel(), 1))
         return ratio.max().expand(len(ratio)) if self.coupled else ratio
 
 
@@ -264,7 +284,7 @@ class Front:
         self.x = chosen(ok, trial.x, self.x)
         self.before = chosen(
             ok,
-            trial.low.abs() / column(torch.hypot(trial.end.alpha, trial.end.sigma), trial.low),
+            trial.low.abs() / column(size(trial.end), trial.low),
             self.before,
         )
         if trial.output is not None:
@@ -272,11 +292,8 @@ class Front:
                 chosen(ok, m, before)
                 for m, before in zip([trial.output, *self.outputs[:-1]], self.outputs, strict=True)
             ]
-        known = (
-            (self.known + 1).clamp(max=len(self.outputs))
-            if trial.output is not None
-            else torch.zeros_like(self.known)
-        )
+        asked = trial.calls > 0 if trial.output is not None else torch.zeros_like(ok)
+        known = torch.where(asked, (self.known + 1).clamp(max=len(self.outputs)), 0)
         self.known = torch.where(ok, known, self.known)
         self.error = torch.where(ok, trial.error, self.error)
 
@@ -285,6 +302,11 @@ def _pairs(one: Levels, other: Levels) -> list[tuple[Tensor, Tensor]]:
     """The fields of two levels side by side; without a clock where there is none."""
     names = ("times", "alpha", "sigma", "half_logsnr", "clock")
     return [(getattr(one, n), getattr(other, n)) for n in names if getattr(one, n) is not None]
+
+
+def size(at: Levels) -> Tensor:
+    """sqrt(alpha^2 + sigma^2), by which the states of all schedules of one ODE are the same, [b]."""
+    return in_lanes(torch.hypot, at.alpha, at.sigma)
 
 
 def chosen(which: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -342,25 +364,25 @@ class Method:
         """A share of the way that falls with the root of the change that one step to the end would bring, [b]."""
         task = self.task
         here, stop = front.here, task.ends[torch.ones(len(front.ids), dtype=torch.long, device="cpu")]
-        weight = task.form.exact_part(here, stop)[1] / task.form.unit(here)
+        weight = task.exact_part(here, stop)[1] / task.form.unit(here)
         change = column(weight, front.x) * front.outputs[0]
-        size = task.ratio(change, task.tolerance(torch.zeros_like(change), stop, front.before))
-        share = FIRST_SHARE * size.clamp(min=1e-10) ** -0.5
+        ratio = task.ratio(change, task.tolerance(torch.zeros_like(change), stop, front.before))
+        share = FIRST_SHARE / ratio.clamp(min=1e-10).sqrt()
         way = abs(task.places[1] - task.places[0])
-        return way * torch.where(size.isfinite(), share.clamp(max=FIRST_SHARE / 2), 0.01)
+        return way * torch.where(ratio.isfinite(), share.clamp(max=FIRST_SHARE / 2), 0.01)
 
     def attempt(self, front: Front) -> "Trial":
         """Try a step for every sample of the front, whose first output is known."""
         raise NotImplementedError
 
 
-def aim(task: Task, front: Front) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the next step goes: its place, its length, whether that is the stop, each [b]."""
-    here, stop = task.form.place(front.here), task.places[1]
+def aim(task: Task, front: Front, control: Control) -> tuple[Tensor, Tensor]:
+    """Where the next step goes: its place, and whether that is the stop, each [b]."""
+    here, stop = task.place(front.here), task.places[1]
     left = (stop - here).abs()
-    at_end = left <= STRETCH * front.step
+    at_end = left <= control.stretch * front.step
     length = torch.where(at_end, left, front.step)
-    return here + length * math.copysign(1.0, stop - task.places[0]), length, at_end
+    return here + length * math.copysign(1.0, stop - task.places[0]), at_end
 
 
 def ask_at_front(task: Task, front: Front) -> Tensor:
@@ -390,28 +412,32 @@ def integrate(
     front = _first_front(method, x if start != stop else x[:0], order)
     if len(front.ids) and max_nfe > 1:
         log.nfe += ask_at_front(task, front)
+        lost = [not m.isfinite().all() for m in front.outputs[0]]
+        lost = [(task.coupled and any(lost)) or mine for mine in lost]
+        log.leave(front, ["non_finite" if mine else "" for mine in lost], dense)
+    if len(front.ids) and max_nfe > 1:
         front.step = torch.full_like(front.step, first_step) if first_step else method.first_step(front)
-        front.step = front.step.clamp(max=method.longest)
+        front.step = front.step.clamp(LEAST_STEP * abs(stop - start), method.longest)
     least = LEAST_STEP * abs(stop - start)
     while len(front.ids):
         allowed = log.nfe[front.ids] + (front.known == 0) + method.calls <= max_nfe
-        log.leave(front, ["" if able else "max_nfe" for able in allowed.tolist()])
+        log.leave(front, ["" if able else "max_nfe" for able in allowed.tolist()], dense)
         if not len(front.ids):
             break
         log.nfe[front.ids] += ask_at_front(task, front)
         trial = method.attempt(front)
         ok, finite = trial.error <= 1, trial.error.isfinite()
-        length = (task.form.place(trial.end) - task.form.place(front.here)).abs()
+        length = (task.place(trial.end) - task.place(front.here)).abs()
         log.record(front, trial, ok, dense)
         front.advance(ok, trial)
         front.non_finite = torch.where(finite, 0, front.non_finite + 1)
         front.step = (length * torch.where(finite, trial.factor, AFTER_NON_FINITE)).clamp(max=method.longest)
         front.order = torch.where(finite, trial.order, front.order)
-        short, lost = front.step < least, front.non_finite > 0
-        verdicts = torch.where(short & ~lost, 1, 0)
-        verdicts[lost & (short | (front.non_finite > MOST_NON_FINITE))] = 2
+        short, failed = front.step < least, front.non_finite > 0
+        verdicts = torch.where(short & ~failed, 1, 0)
+        verdicts[failed & (short | (front.non_finite > MOST_NON_FINITE))] = 2
         verdicts[ok & trial.at_end] = 3
-        log.leave(front, [("", "min_step", "non_finite", "done")[v] for v in verdicts.tolist()])
+        log.leave(front, [("", "min_step", "non_finite", "done")[v] for v in verdicts.tolist()], dense)
     solution = log.solution(method, dense)
     if on_limit == "raise":
         _refuse_unfinished(solution, max_nfe)
@@ -425,7 +451,7 @@ def _first_front(method: Method, x: Tensor, order: int) -> Front:
     return Front(
         ids=torch.arange(count, device="cpu"),
         x=x.clone(),
-        before=x.abs() / math.hypot(float(ends.alpha[0]), float(ends.sigma[0])),
+        before=x.abs() / size(ends)[0].to(x),
         past=ends[torch.zeros(count, method.window, dtype=torch.long, device="cpu")],
         outputs=[torch.zeros_like(x)] * method.window,
         known=torch.zeros(count, dtype=torch.long, device="cpu"),
@@ -446,7 +472,8 @@ class _Log:
         self.error = torch.zeros(batch, dtype=torch.float64, device="cpu")
         self.times = [[float(task.ends.times[0])] for _ in range(batch)]
         self.orders: list[list[int]] = [[] for _ in range(batch)]
-        self.points: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(batch)]
+        self.states: list[list[Tensor]] = [[] for _ in range(batch)]
+        self.outputs: list[list[Tensor]] = [[] for _ in range(batch)]
         self.status = ["done"] * batch
 
     def record(self, front: Front, trial: Trial, ok: Tensor, dense: bool) -> None:
@@ -461,17 +488,20 @@ class _Log:
                 self.times[sample].append(time)
                 self.orders[sample].append(order)
                 if dense:
-                    self.points[sample].append((front.x[i], front.outputs[0][i]))
+                    self.states[sample].append(front.x[i])
+                    self.outputs[sample].append(front.outputs[0][i])
 
-    def leave(self, front: Front, verdicts: list[str]) -> None:
-        """The samples with a verdict leave the front."""
+    def leave(self, front: Front, verdicts: list[str], dense: bool) -> None:
+        """The samples with a verdict leave the front, with the last output if there is one."""
         if not any(verdicts):
             return
         leaving = torch.tensor([bool(verdict) for verdict in verdicts], device="cpu")
         self.x[front.ids[leaving].to(self.x.device)] = front.x[leaving.to(front.x.device)]
-        for sample, verdict in zip(front.ids.tolist(), verdicts, strict=True):
+        rows = zip(front.ids.tolist(), verdicts, front.known.tolist(), strict=True)
+        for i, (sample, verdict, known) in enumerate(rows):
             if verdict:
                 self.status[sample] = verdict
+                self.outputs[sample] += [front.outputs[0][i]] if dense and known else []
         front.select(~leaving)
 
     def solution(self, method: Method, dense: bool) -> Solution:
@@ -480,11 +510,8 @@ class _Log:
         points = None
         if dense:
             points = [
-                (
-                    torch.stack([*(x for x, _ in kept), end]),
-                    torch.stack([m for _, m in kept]) if kept else end[None][:0],
-                )
-                for kept, end in zip(self.points, self.x, strict=True)
+                (torch.stack([*states, end]), torch.stack(outputs or [end[:0]]))
+                for states, outputs, end in zip(self.states, self.outputs, self.x, strict=True)
             ]
         return Solution(
             self.x, self.nfe, self.rejected, times, self.status, self.error, self.orders, method, points
@@ -500,7 +527,7 @@ def _refuse_unfinished(solution: Solution, max_nfe: int) -> None:
     why = {
         "max_nfe": f"it would have made more than max_nfe = {max_nfe} calls",
         "min_step": "no step that is longer than rounding keeps the tolerance",
-        "non_finite": "the model's output is not finite",
+        "non_finite": "the model's output, or the state, is not finite",
     }[solution.status[i]]
     raise NonConvergence(
         f"{len(samples)} of {len(solution.x)} samples did not arrive. Sample {i} came to t = {solution.times[i][-1]:g} with "

@@ -12,6 +12,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from solvers.comparison import price
+
 COLORS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#444444", "#7a5195", "#c1121f", "#8c6d31", "#1f9eb5", "#6a994e",
 )  # fmt: skip
@@ -54,10 +56,16 @@ def work_precision(records: Sequence[Mapping[str, Any]], key: str, label: str) -
         )
         axes.legend(frameon=False, loc="lower left")
     axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=label)
-    asked = sorted({record["calls"] for record in records})
-    axes.set_xticks(asked, labels=map(str, asked))
-    axes.minorticks_off()
-    axes.set_xlim(min(record["nfe"] for record in records) / 1.15, asked[-1] * 1.08)
+    asked = sorted({record["calls"] for record in records if record["calls"]})
+    made = [record["nfe"] for record in records]
+    if len(asked) == len({record["calls"] for record in records}):
+        axes.set_xticks(asked, labels=map(str, asked))
+        axes.minorticks_off()
+    else:  # calls are what came of tolerances
+        ticks = [n for n in (3, 5, 10, 20, 50, 100, 200, 500, 1000) if min(made) <= n <= max(made)]
+        axes.set_xticks(ticks, labels=map(str, ticks))
+        axes.minorticks_off()
+    axes.set_xlim(min(made) / 1.15, max(*asked, *made) * 1.08)
     setting = f"{some['model']}, schedule {some['schedule']}, grid {some['grid']}"
     setting += f", {counted(some['samples'], 'sample')}" if some["samples"] else ""
     known = f"{some['reference']} (known to {some['resolution']:.0e})"
@@ -185,5 +193,35 @@ def error_table(
     table.caption = (
         f"{label}, against {some['reference']} (known to {some['resolution']:.0e}), on grid {some['grid']}. Bold: best of the "
         "column. (n): calls made, where not all fit."
+    )
+    return table
+
+
+def price_table(
+    records: list[dict[str, Any]], solvers: list[str], targets: Sequence[float], key: str, label: str
+) -> Table:
+    """Rows are solvers, columns errors: the calls that they cost, between the runs; the least of each column is bold. `label` says what the error is."""
+    lines = {solver: [(r["nfe"], r[key]) for r in records if r["solver"] == solver] for solver in solvers}
+    prices = {(solver, target): price(lines[solver], target) for solver in solvers for target in targets}
+    least = {
+        target: min((v for solver in solvers if (v := prices[solver, target])), default=0.0)
+        for target in targets
+    }
+
+    def cell(value: float | None, best: float) -> str:
+        if value is None:
+            return "-"
+        return f"[bold]{value:.0f}[/]" if value == best else f"{value:.0f}"
+
+    table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
+    table.add_column("error", no_wrap=True)
+    for target in targets:
+        table.add_column(f"{target:g}", justify="right")
+    for solver in solvers:
+        table.add_row(solver, *(cell(prices[solver, target], least[target]) for target in targets))
+    some = records[0]
+    table.caption = (
+        f"Calls of a sample, in the mean, for {label} so much, against {some['reference']}; fixed plans on grid {some['grid']}. Bold: least of "
+        "the column. -: not reached for good."
     )
     return table

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, number
-from solvers.schedules import Schedule, float64
+from solvers.schedules import Schedule, float64, in_lanes
 
 VARIANCES = ("range", "square", "residual")
 PREDICTIONS = ("noise", "data", "velocity", "score", "flow", "edm")
@@ -243,13 +243,16 @@ def predictor(
     """
     model = as_model(model)
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        times = t.reshape(-1)
+    def weights_at(times: Tensor) -> tuple[Tensor, Tensor]:
         level = schedule.alpha(times), schedule.sigma(times)
         wanted = (
             path_derivative(schedule, times, *level) if want == "flow" else mixture(want, *level, scale=scale)
         )
-        weights = conversion(model.mixture(times, *level), wanted, *level)
+        return conversion(model.mixture(times, *level), wanted, *level)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        times = t.reshape(-1)
+        weights = in_lanes(weights_at, times)
         undetermined = ~(weights[0].isfinite() & weights[1].isfinite())
         if undetermined.any():
             raise ValueError(
@@ -278,7 +281,7 @@ def outputs_at(
         times: float64, [1] for all or [B].
         dtype: in which the network is called; None for that of x.
     """
-    scale = model.input_scale(schedule.alpha(times), schedule.sigma(times))
+    scale = in_lanes(lambda t: model.input_scale(schedule.alpha(t), schedule.sigma(t)), times)
     read = model.labels(times)
     label_dtype = torch.long if isinstance(read[0], int) else x.dtype
     labels = torch.tensor(read, dtype=label_dtype, device=x.device).expand(len(x))

@@ -145,10 +145,8 @@ def run(
     rows = rows_of(plan, model, state.x)
     if len(state.x) == 0:
         return state.x
-    if isinstance(model.net, nn.Module) and model.net.training and not grad:
-        warnings.warn(
-            "the network is in training mode (dropout, batch statistics): call net.eval()", stacklevel=2
-        )
+    if not grad:
+        warn_of_training(model)
     with torch.set_grad_enabled(grad):
         return execute(plan, model, state, source, rows, plan.rows, callback, progress, grad)
 
@@ -414,6 +412,14 @@ def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
             "clock=plan.half_logsnr"
         )
     return source
+
+
+def warn_of_training(model: Model) -> None:
+    """Dropout and batch statistics have no place in sampling."""
+    if isinstance(model.net, nn.Module) and model.net.training:
+        warnings.warn(
+            "the network is in training mode (dropout, batch statistics): call net.eval()", stacklevel=3
+        )
 
 
 def drawn(source: Source, number: int, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,31 @@ def inside(t: Tensor | float, last: float = 1.0) -> Tensor:
             f"t = {t[outside].flatten()[0].item():g} is outside the schedule's range [0, {last:g}]"
         )
     return t
+
+
+LANES = 16  # a multiple of the numbers that a CPU's vector instructions take at once
+
+
+def in_lanes(function: Callable[..., Any], *vectors: Any) -> Any:
+    """A function of vectors [n] on the host, evaluated on copies filled up to whole lanes, so that no entry depends on n.
+
+    In the last, shorter piece of a vector torch computes some functions (atan2, pow, logaddexp, ...) by other code, with other roundings.
+
+    Args:
+        function: of the vectors, elementwise, to tensors, levels or sequences of them.
+        vectors: tensors or levels [n, ...], which can be indexed.
+
+    Returns:
+        What the function returns, cut to [n, ...].
+    """
+    count = len(vectors[0])
+    last = max(count - 1, 0)
+    index = torch.tensor([*range(count), *[last] * (-count % LANES)], dtype=torch.long, device="cpu")
+
+    def cut(result: Any) -> Any:
+        return type(result)(map(cut, result)) if isinstance(result, (tuple, list)) else result[:count]
+
+    return cut(function(*(vector[index] for vector in vectors)))
 
 
 def softplus(z: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import solvers as sv
 from reference import digits, law, wasserstein2
-from solvers import __main__, cli, comparison, figures
+from solvers import __main__, cli, compare, comparison, figures
 from solvers.grids import usual
 from solvers.methods import METHODS, SDES, Method
 
@@ -207,7 +207,7 @@ def test_all_solvers_are_those_of_the_comparison(monkeypatch, tmp_path):
         asked["names"] = names
         raise ValueError("enough")
 
-    monkeypatch.setattr(cli, "candidates", stop)
+    monkeypatch.setattr(compare, "candidates", stop)
     for options in ((), ("--stochastic",)):
         call("compare", "--solvers", "all", *options, "--out", tmp_path)
         assert asked["names"] == ([*comparison.BUILDS, comparison.FAST] if options else cli.SOLVERS)

@@ -50,6 +50,9 @@ class Levels:
         """The levels on a grid, once `given` has checked it."""
         return Levels.at(schedule, given(schedule, times), clock)
 
+    def __len__(self) -> int:
+        return len(self.times)
+
     def __getitem__(self, where: Any) -> "Levels":
         clock = None if self.clock is None else self.clock[where]
         return Levels(self.times[where], self.alpha[where], self.sigma[where], self.half_logsnr[where], clock)
