@@ -250,7 +250,7 @@ class Adams(Method):
         """Predict, shorten the step until the predictors agree, ask, correct, choose the next order and step."""
         task, order = self.task, front.order
         more = torch.where(front.known > order, order + 1, order)
-        place, at_end = aim(task, front, ADAMS)
+        place, at_end = aim(self, front, ADAMS)
         here = task.place(front.here)
         for trial in range(PREDICTOR_TRIALS + 1):
             end = task.level(place, at_end)
@@ -384,7 +384,7 @@ class Embedded(Method):
         """All stages; the first output is at hand."""
         task, s, tableau = self.task, front.here, self.pair.tableau
         control = PAPER if task.coupled else PAIR
-        place, at_end = aim(task, front, control)
+        place, at_end = aim(self, front, control)
         end = task.level(place, at_end)
         calls, x_weights, table, a, low_weights = in_lanes(self._step, s, end)
         outputs = front.outputs[:1]

@@ -124,7 +124,7 @@ class StochasticHeun(Method):
     def attempt(self, front: Front) -> Trial:
         """Two slopes, of which the first is at hand."""
         task = self.task
-        place, at_end = aim(task, front, GOTTA_GO_FAST)
+        place, at_end = aim(self, front, GOTTA_GO_FAST)
         end = task.level(place, at_end)
         length = (end.times - front.here.times).abs()
         z = self.noise.normals(front, end)

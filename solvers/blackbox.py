@@ -87,7 +87,8 @@ class _Equation:
 class ProbabilityFlow(_Equation):
     """The probability-flow ODE as ODE libraries take it: a function (v, y) -> dy/dv.
 
-    In "t" and "half_logsnr" y is x; in "sigma" v is sigma / alpha and y is x / alpha, so that dy/dv is the noise prediction.
+    In "t" and "half_logsnr" y is x; in "sigma" v is sigma / alpha and y is x / alpha, so that dy/dv is the noise prediction. torchdiffeq's
+    adaptive methods step past the stop, where a schedule may end, unless they get options={"step_t": the stop's place}.
     Source: Song et al. 2021 (arXiv 2011.13456), eq. 13; in sigma: Karras et al. 2022 (arXiv 2206.00364), eq. 1.
 
     Args:
@@ -247,7 +248,8 @@ def odeint(
     adaptive = "callback_accept_step" in SOLVERS[method].valid_callbacks()
     fixed = "callback_step" in SOLVERS[method].valid_callbacks() and not adaptive
     if adaptive:
-        options.setdefault("step_t", places[1:].to(y.device))
+        asked_for = torch.as_tensor(options.get("step_t", []), dtype=torch.float64)
+        options["step_t"] = torch.cat([asked_for, places[1:]]).unique().to(y.device)
     if fixed and not {"step_size", "grid_constructor"} & set(options):
         length = float(abs(places[1] - places[0]))
         raise ValueError(
@@ -275,15 +277,20 @@ def odeint(
             warnings.filterwarnings(
                 "ignore", message=".*have no effect for a chosen solver: `min_step`"
             )  # torchdiffeq's own
-            end = torchdiffeq.odeint(
+            states = torchdiffeq.odeint(
                 flow, y, places.to(y.device), rtol=rtol, atol=atol, method=method, options=options
-            )[-1]
+            )
+        if len(states) < len(places):  # of scipy's only the start came back
+            raise _GaveUp("min_step", "scipy did not reach the stop")
+        if not states[-1].isfinite().all():
+            raise _GaveUp("non_finite", "the result is not finite")
     except UserWarning as error:
         raise ValueError(f"options = {options!r:.200}: {method} does not know them all; {error}") from error
     except (AssertionError, _GaveUp) as error:
         y = accepted[-1][1] if accepted else y
         times = [ends[0], *(float(flow.level(v).times) for v, _ in accepted if v != places[0])]
         t, status = times[-1], getattr(error, "status", "min_step" if flow.finite else "non_finite")
+        status = "max_nfe" if "max_num_steps" in str(error) else status
         raise NonConvergence(
             f"torchdiffeq's {method} in {flow.variable} came to t = {t:g} with {flow.nfe} calls and {rejected} rejected steps: {error!s:.200}; "
             "is the model's output finite, and rtol, atol within reach?",
@@ -292,14 +299,7 @@ def odeint(
         ) from error
     times = [float(flow.level(v).times) for v, _ in accepted]
     inner = [t for t in times if t != ends[0]]
-    result = _same_for_all(flow.x(end, ends[1]), flow.nfe, rejected, [ends[0], *inner, ends[1]])
-    if not end.isfinite().all():
-        raise NonConvergence(
-            f"torchdiffeq's {method} in {flow.variable} made {flow.nfe} calls: the result is not finite; is the model's output finite?",
-            replace(result, status=["non_finite"] * len(x)),
-            [*range(len(x))],
-        )
-    return result
+    return _same_for_all(flow.x(states[-1], ends[1]), flow.nfe, rejected, [ends[0], *inner, ends[1]])
 
 
 def sdeint(

@@ -376,11 +376,12 @@ class Method:
         raise NotImplementedError
 
 
-def aim(task: Task, front: Front, control: Control) -> tuple[Tensor, Tensor]:
+def aim(method: "Method", front: Front, control: Control) -> tuple[Tensor, Tensor]:
     """Where the next step goes: its place, and whether that is the stop, each [b]."""
+    task = method.task
     here, stop = task.place(front.here), task.places[1]
     left = (stop - here).abs()
-    at_end = left <= control.stretch * front.step
+    at_end = left <= (control.stretch * front.step).clamp(max=method.longest)
     length = torch.where(at_end, left, front.step)
     return here + length * math.copysign(1.0, stop - task.places[0]), at_end
 

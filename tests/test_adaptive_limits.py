@@ -299,7 +299,7 @@ def of_x(name, x, error, *parts):
 FROM_0 = "expected a finite number from 0"
 ABOVE_0 = "expected a finite number above 0"
 DOUBLE = "torch.float32 cannot keep it; pass x.double()"
-ADVICE = "a time with alpha > 0 and sigma > 0", "method='adams' with predicts='velocity'"
+ADVICE = "a time with alpha > 0 and sigma > 0", "with method='adams' and predicts='velocity'"
 CAP = "expected a whole number from 1 to 1000000000"
 
 # fmt: off
