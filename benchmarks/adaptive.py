@@ -109,7 +109,7 @@ def records(
                 if plan := within(method, SCHEDULE, grid, calls):
                     rmse, median = errors(sv.run(plan, model, x), exact).values()
                     name = f"{method}, {grid.__name__}"
-                    yield Adaptive(name, problem, None, plan.nfe, plan.nfe, 0.0, rmse, median, starts, seed)
+                    yield Adaptive(name, problem, None, float(plan.nfe), plan.nfe, 0.0, rmse, median, starts, seed)
                     if rmse < ENOUGH:
                         break
 

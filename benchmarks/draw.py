@@ -18,7 +18,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
-from records import Law, Record, Step, WorkPrecision, read
+from records import Adaptive, Law, Record, Step, WorkPrecision, read
+
+from solvers.comparison import price
 
 COLOURS = (
     "#0072b2",
@@ -376,6 +378,97 @@ def sample_table(records: Sequence[Law]) -> str:
     return "\n\n".join(parts)
 
 
+PRICED = (1e-1, 1e-2, 1e-3, 1e-4)  # errors
+OURS = "adams"
+PEERS = ("bosh3", "dopri5", "DPM-Solver-23, coupled")  # whose names begin so
+
+
+def lines_of(records: Sequence[Adaptive], problem: str) -> dict[str, list[tuple[float, float]]]:
+    """(calls, RMSE) of each solver on a problem, of fixed plans the least error of all at each number of calls."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    fixed: dict[float, float] = {}
+    for r in records:
+        if r.problem != problem:
+            continue
+        if r.tolerance is None:
+            fixed[r.nfe] = min(r.rmse, fixed.get(r.nfe, r.rmse))
+        else:
+            lines.setdefault(r.solver, []).append((r.nfe, r.rmse))
+    return lines | ({"best fixed plan": sorted(fixed.items())} if fixed else {})
+
+
+def draw_adaptive(records: Sequence[Adaptive]) -> Figure:
+    """Error against calls, a panel a problem."""
+    problems = unique(records, "problem")
+    figure, axes = plt.subplots(
+        1,
+        len(problems),
+        figsize=(3.9 * len(problems) + 2.2, 4.2),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    styles = _styles(
+        [name for name in unique(records, "solver") if any(r.tolerance for r in records if r.solver == name)]
+    )
+    styles["best fixed plan"] = {"color": "black", "linestyle": ":", "marker": "x"}
+    for panel, problem in zip(axes[0], problems, strict=True):
+        for name, line in lines_of(records, problem).items():
+            panel.plot(*zip(*line, strict=True), label=name, **styles[name])
+        panel.set(xscale="log", yscale="log", title=problem, xlabel="model calls of a start, mean")
+        panel.grid(True)
+    axes[0, 0].set_ylabel("RMSE against the exact flow")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    return figure
+
+
+def price_table(records: Sequence[Adaptive]) -> str:
+    """The calls that an error costs, and ours over the best peer's and over the best fixed plan's."""
+    problems = unique(records, "problem")
+    prices: dict[str, list[float | None]] = {}
+    every = {problem: lines_of(records, problem) for problem in problems}
+    names = list(dict.fromkeys(name for lines in every.values() for name in lines))
+    for name in names:
+        prices[name] = [price(every[p].get(name, []), target) for p, target in product(problems, PRICED)]
+
+    def ratios(others: Sequence[str]) -> list[str]:
+        cells = []
+        for k, mine in enumerate(prices[OURS]):
+            least = min((v for name in others if (v := prices[name][k])), default=None)
+            cells.append(f"{mine / least:.2f}" if mine and least else "")
+        return cells
+
+    rows = [[name, *("" if v is None else f"{v:.1f}" for v in row)] for name, row in prices.items()]
+    if OURS in prices:
+        peers = [name for name in names if name.startswith(PEERS)]
+        rows += [[f"*{OURS} / best of {', '.join(PEERS)}*", *ratios(peers)]] if peers else []
+        rows += (
+            [[f"*{OURS} / best fixed plan*", *ratios(["best fixed plan"])]]
+            if "best fixed plan" in names
+            else []
+        )
+    shown = ((f"{problem}: {PRICED[0]:g}", *(f"{target:g}" for target in PRICED[1:])) for problem in problems)
+    return _made_by(records) + "\n\n" + _markdown(["calls for an RMSE of", *chain.from_iterable(shown)], rows)
+
+
+def kept_table(records: Sequence[Adaptive]) -> str:
+    """RMSE over the tolerance, the least and the largest over all tolerances from 0.1 to 1e-5, by problem."""
+    problems = unique(records, "problem")
+    rows = []
+    for name in unique(records, "solver"):
+        cells = []
+        for problem in problems:
+            kept = [
+                r.rmse / r.tolerance
+                for r in records
+                if (r.solver, r.problem) == (name, problem) and r.tolerance and r.tolerance <= 0.11
+            ]
+            cells.append(f"{min(kept):.2g} to {max(kept):.2g}" if kept else "")
+        rows += [[name, *cells]] if any(cells) else []
+    return _made_by(records) + "\n\n" + _markdown(["RMSE / tolerance", *problems], rows)
+
+
 def insert(text: str, name: str, table: str) -> str:
     """The text with what stands between the comments `begin name` and `end name` replaced."""
     begin, end = f"<!-- draw.py: begin {name} -->", f"<!-- draw.py: end {name} -->"
@@ -390,7 +483,10 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "records", type=Path, nargs="+", help="JSONL files of step.py, work_precision.py and stochastic.py"
+        "records",
+        type=Path,
+        nargs="+",
+        help="JSONL files of step.py, work_precision.py, stochastic.py and adaptive.py",
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for figures and tables")
     parser.add_argument(
@@ -407,6 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     steps = [r for r in records if isinstance(r, Step)]
     runs = [r for r in records if isinstance(r, WorkPrecision)]
     laws = [r for r in records if isinstance(r, Law)]
+    adaptive = [r for r in records if isinstance(r, Adaptive)]
     figures, tables = {}, {}
     with plt.rc_context(STYLE):
         if steps:
@@ -423,6 +520,9 @@ def main(argv: list[str] | None = None) -> None:
                 figures[f"laws_{grid}"] = draw_laws(exact, grid)
         if by_samples := [r for r in laws if r.kl is None]:
             figures["samples"], tables["samples"] = draw_samples(by_samples), sample_table(by_samples)
+        if adaptive:
+            figures["adaptive"] = draw_adaptive(adaptive)
+            tables["prices"], tables["kept"] = price_table(adaptive), kept_table(adaptive)
         given.out.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(given.out / f"{name}.png")

@@ -11,9 +11,10 @@ import torch
 
 import solvers as sv
 from reference import digits, kl, law, wasserstein2
+from solvers.comparison import price
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("records", "step", "work_precision", "stochastic", "draw")
+SCRIPTS = ("records", "step", "work_precision", "stochastic", "adaptive", "draw")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +52,16 @@ def results(scripts, tmp_path_factory):
     chosen = ["--problems", "three variances", "digits", "--grids", "uniform", "--samples", "16"]
     names = ["ddpm", "analytic_ddpm", "analytic_ddpm, optimal trajectory", "sn_ddpm"]
     scripts["stochastic"].main(["--out", str(laws), *chosen, "--methods", *names, "--calls", "2", "6"])
-    return step, errors, laws
+    tolerances = folder / "adaptive.jsonl"
+    names = ["adams", "DPM-Solver-23, coupled", "bosh3, half_logsnr"]
+    scripts["adaptive"].main(
+        ["--out", str(tolerances), "--problems", "1-D mixture", "--starts", "8", "--solvers", *names]
+    )
+    return step, errors, laws, tolerances
 
 
 def test_records_have_the_declared_fields(scripts, results):
-    for path, kind in zip(results, ("Step", "WorkPrecision", "Law"), strict=True):
+    for path, kind in zip(results, ("Step", "WorkPrecision", "Law", "Adaptive"), strict=True):
         declared = getattr(scripts["records"], kind)
         records = scripts["records"].read(path)
         assert records
@@ -120,6 +126,31 @@ def test_records_of_laws_are_the_laws(scripts, results):
     assert all(record.distance > record.floor / 2 > 0 for record in digits)
 
 
+def test_records_of_adaptive_runs_are_their_runs(scripts, results):
+    records = scripts["records"].read(results[3])
+    module, schedule = scripts["adaptive"], sv.VP()
+    data = module.line()
+    x = scripts["work_precision"].start(data, schedule, 8, 0)
+    model = sv.Model(data.model(schedule, "velocity"), predicts="velocity", label=lambda t: t)
+    found = sv.adaptive(model, schedule, x, rtol=1e-2, atol=1e-2)
+    record = next(r for r in records if (r.solver, r.tolerance) == ("adams", 1e-2))
+    assert (record.nfe, record.most) == (found.nfe.double().mean(), found.nfe.max())
+    off = found.x - data.flow(x, schedule, schedule.start, schedule.stop)
+    assert record.rmse == pytest.approx(off.square().mean().sqrt().item(), rel=1e-6)
+    assert {r.solver for r in records if r.tolerance is None} > {"recommended, angle"}
+    lines = scripts["draw"].lines_of(records, "1-D mixture")
+    assert lines["adams"][0][1] > 1e-2 > lines["adams"][-1][1]
+
+
+def test_the_price_of_an_error_is_found_between_runs_and_where_it_is_reached_for_good():
+    line = [(10, 1e-1), (20, 1e-3), (40, 3e-2), (80, 1e-4)]
+    assert price(line, 1.0) == 10
+    assert price(line[:2], 1e-2) == pytest.approx(10 * 2**0.5)
+    assert 40 < price(line, 1e-2) < 80  # not where it is met by chance
+    assert price(line, 1e-5) is None
+    assert price([], 1e-2) is None
+
+
 def test_the_quick_model_of_the_digits_is_the_exact_one(scripts):
     data, schedule = digits(), sv.VP()
     x = torch.randn(5, *data.shape, generator=torch.Generator().manual_seed(0))
@@ -137,7 +168,7 @@ def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path)
     document = tmp_path / "benchmarks.md"
     places = [
         f"<!-- draw.py: begin {name} -->\nold\n<!-- draw.py: end {name} -->"
-        for name in ("step", "work_precision", "ratios", "laws", "samples")
+        for name in ("step", "work_precision", "ratios", "laws", "samples", "prices", "kept")
     ]
     document.write_text("\n\n".join(["# Title", *places, "last line"]))
     scripts["draw"].main(
@@ -145,7 +176,7 @@ def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path)
     )
 
     figures = {path.stem: imread(path) for path in tmp_path.glob("*.png")}
-    assert set(figures) == {"step", "work_precision_vp", "grids", "laws_uniform", "samples"}
+    assert set(figures) == {"step", "work_precision_vp", "grids", "laws_uniform", "samples", "adaptive"}
     for image in figures.values():
         assert image.shape[0] > 300
         assert image.shape[1] > 300

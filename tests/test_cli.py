@@ -200,6 +200,39 @@ def test_the_stochastic_family_is_compared_by_its_exact_law(laws):
     assert runs["analytic_ddpm", 10]["error"] < runs["ddpm", 10]["error"]
 
 
+@pytest.fixture(scope="module")
+def tolerances(tmp_path_factory):
+    out = tmp_path_factory.mktemp("adaptive")
+    names = "adams,bosh3_t,recommended"
+    options = ("--solvers", names, "--calls", "6,12", "--samples", 2, "--out", out)
+    return call("compare", "--adaptive", *options), out
+
+
+def test_adaptive_solvers_are_compared_by_the_calls_that_an_error_costs(tolerances):
+    result, out = tolerances
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in out.iterdir()} == {"errors.png", "records.jsonl"}
+    assert shows_something(out / "errors.png")
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    runs = {(record["solver"], record.get("tolerance", record["calls"])): record for record in records}
+    noise = sv.noise.per_sample(0, range(2)).initial(1, 8, 8, dtype=torch.float64)
+    x = sv.VP().sigma(torch.tensor(1.0, dtype=torch.float64)) * noise
+    found = sv.adaptive(digits().model(sv.VP()), sv.VP(), x, rtol=1e-2, atol=1e-2)
+    assert runs["adams", 1e-2]["nfe"] == found.nfe.double().mean()
+    assert runs["recommended", 12]["nfe"] == 12
+    assert runs["adams", 1e-4]["error"] < 1e-3 < runs["adams", 1e-1]["error"]
+    assert re.search(r"error +0.1 +0.01 +0.001 +0.0001", result.output)
+    assert re.search(r"adams +\d+ +\d+ +\d+", result.output)
+    assert "Calls of a sample, in the mean" in result.words
+
+
+def test_adaptive_solvers_want_their_option_and_laws_are_another_comparison():
+    assert call("compare", "--solvers", "dopri5_t").exit_code == 2
+    result = call("compare", "--adaptive", "--stochastic")
+    assert result.exit_code == 2
+    assert "--adaptive: it has no use with --stochastic" in result.words
+
+
 def test_all_solvers_are_those_of_the_comparison(monkeypatch, tmp_path):
     asked = {}
 

@@ -68,6 +68,14 @@ def test_the_examples_of_the_methods_run(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gamma.safetensors", "statistics.safetensors"]
 
 
+def test_the_example_of_adaptive_steps_runs():
+    names = {}
+    text = (ROOT / "docs/adaptive.md").read_text(encoding="utf-8")
+    for example in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(example, names)
+    assert torch.allclose(names["again"][0], names["samples"][0], atol=1e-5)
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     sample, test = (command.strip() for command in blocks("bash"))
     assert test in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
