@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from solvers.arguments import choice, number, positive, whole
+from solvers.arguments import choice, flag, number, positive, whole
 from solvers.control import (
     ON_LIMIT,
     REJECTED,
@@ -56,14 +56,14 @@ PAIRS = {
 }
 METHODS = ("adams", "dpm_solver", "exponential_rk")
 USUAL = {"adams": (6, "velocity"), "dpm_solver": (3, "noise"), "exponential_rk": (3, "velocity")}
-SILENT = 0.03  # of the tolerance, by how much predictors may disagree on a last step that ends unasked
+SILENT = 0.1  # of the tolerance, by which predictors may disagree on a last step that ends unasked
 ADAMS = Control(safety=0.5, integral=1.0, proportional=0.0, least=0.1, most=2.0)
 CORRECTED = (
     1 / 3
 )  # of the predictor's error counts: the corrected state, with which the run goes on, has a smaller one
 PAIR = Control(safety=0.9, integral=0.7, proportional=0.4, least=0.2, most=5.0)
 PAPER = Control(0.9, 1.0, 0.0, least=0.0, most=inf, rejected=1.0, stretch=1.0)
-FIRST_STEP = 0.05  # of pairs, in half log-SNR: Lu et al. 2022
+FIRST_STEP = 0.05  # of a coupled pair, in half log-SNR: Lu et al. 2022
 PREDICTOR_TRIALS = 8
 
 
@@ -90,10 +90,11 @@ def adaptive(
 
     A sample's steps, and so its result, do not depend on the batch it is in; one that has arrived leaves the batch, so that the network
     is called on fewer and fewer. A step is accepted where the root mean square of its estimated error over
-    max(atol, rtol |x|) is at most 1; the error at the end is of the tolerance's size. On an `Inversion` it encodes.
+    max(atol, rtol |x|) is at most 1; the error at the end is of the tolerance's size (docs/adaptive.md has how near). On an `Inversion` it encodes.
 
     The default, "adams", is the exponential Adams method of variable step and order: one call per step, where the others make as many as
     their order. "dpm_solver" is DPM-Solver-12 or -23; "exponential_rk" a Runge-Kutta pair 3(2) or 4(3) with smaller errors.
+    Order of the tolerance, as steps follow it; 1 call per step ("adams") or as many as the order; ODE; noise, data or velocity form.
     Source: adams: this library, see `Adams`; Lu et al. 2022 (arXiv 2206.00927), appendix C; pairs: see `solvers.tableaux`.
 
     Args:
@@ -111,7 +112,7 @@ def adaptive(
         stop: last time; the schedule's own if None.
         coupled: whether all samples take the steps of the worst, as in the paper; pairs also control them as it does.
         first_step: length of the first step, in half log-SNR or radians; chosen if None.
-        max_nfe: calls that no sample exceeds.
+        max_nfe: calls that no sample exceeds; a step that might is not tried.
         on_limit: "raise" `NonConvergence`, or "return" what there is, see `Solution.status`.
         dense: keep states and outputs at the accepted points, for `Solution.at`.
 
@@ -140,6 +141,7 @@ def adaptive(
         model, schedule, form, state.x, state.input_dtype, start, stop, rtol, atol, coupled, to_the_ends
     )
     limits(first_step, max_nfe, on_limit)
+    flag("dense", dense)
     kind: Method = Adams(task, most=order) if method == "adams" else Embedded(task, pair=PAIRS[method, order])
     with torch.no_grad():
         return integrate(
@@ -170,7 +172,8 @@ def task_of(
         raise ValueError(
             f"rtol = {rtol}, atol = {atol}: expected one of them from {least:.2g} on; {hint}, e.g. rtol=1e-3, atol=1e-3"
         )
-    warn_of_training(as_model(model))
+    warn_of_training(as_model(model), stacklevel=4)
+    flag("coupled", coupled)
     ends = ends_of(schedule, start, stop)
     levels = Levels.at(schedule, torch.tensor(ends, dtype=torch.float64, device="cpu"), form.clock)
     for k, end in enumerate(("start", "stop")):
@@ -263,12 +266,12 @@ class Adams(Method):
             tolerance = task.tolerance(low, end, front.before)
             doubt = self._ratio(higher, tolerance)
             silent = at_end & (not self.asks_at_stop)
-            excess = torch.where(silent, doubt / SILENT, doubt)
+            excess = torch.where(silent, task.ratio(higher, tolerance) / SILENT, doubt)
             shorter = torch.where(excess > 1, self._factor(excess, order).clamp(0.3, REJECTED), 1.0)
             shorter = torch.where(silent & (more == order), 0.5, shorter)
             if trial == PREDICTOR_TRIALS or (shorter == 1).all():
                 break
-            place = here + (place - here) * shorter
+            place = torch.where(shorter < 1, here + (place - here) * shorter, place)
             at_end = at_end & (shorter == 1)
         unasked = at_end & (not self.asks_at_stop)
         if self.noise:
@@ -356,7 +359,7 @@ def mixed(weights: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """sum_j weights_j outputs_j of each sample: weights [b, K] on the host, outputs K of [b, ...]."""
     total = torch.zeros_like(outputs[0])
     for j in weights.any(0).nonzero().flatten().tolist():
-        total = total + column(weights[:, j], total) * outputs[j]
+        total += column(weights[:, j], total) * outputs[j]
     return total
 
 
@@ -444,7 +447,9 @@ def replay(solution: Solution, sample: int = 0) -> Plan:
         return runge_kutta(method.task.schedule, levels, method.tableau, method.task.form)
     orders, form, at_stop = solution.orders[sample], method.task.form, levels
     a, b = adams_rows(method.task.schedule, form, levels, orders, "vary_coeff")
-    if method.asks_at_stop:  # a row without length corrects the last step
+    if (
+        method.asks_at_stop or solution.status[sample] != "done"
+    ):  # a row without length corrects the last step
         at_stop = levels[[*range(len(times)), -1]]
         a, b = torch.cat([a, torch.ones_like(a[:1])]), torch.cat([b, torch.zeros_like(b[:1])])
     plan = Plan(at_stop.times, at_stop.alpha, at_stop.sigma, a, b, predicts=form.predicts, scale=form.scale)

@@ -9,7 +9,7 @@ from torch import Tensor
 from solvers.adaptive import Adams, Wiener, limits, task_of
 from solvers.arguments import choice
 from solvers.control import Control, Front, Method, Solution, Trial, aim, column, integrate
-from solvers.methods.exponential import Form, Levels
+from solvers.methods.exponential import Form, Levels, refuse_upwards
 from solvers.methods.stochastic import constant, drift_and_diffusion, stochasticity
 from solvers.noise import Ahead, PerSample, as_source
 from solvers.predictions import AnyModel
@@ -18,7 +18,7 @@ from solvers.schedules import Schedule, in_lanes
 
 METHODS = ("dpm_solver_pp_sde", "gotta_go_fast")
 GOTTA_GO_FAST = Control(safety=0.9, integral=0.9, proportional=0.0, least=0.1, most=10.0)
-FIRST_STEP = 0.01  # of t
+FIRST_PART = 0.01  # of the way in t
 LONGEST = 1.0  # step of (1 + eta) times half log-SNR: what noise does within a longer one, no difference of outputs shows
 
 
@@ -43,8 +43,10 @@ def adaptive_sde(
     A rejected step is tried again in pieces with the same noise, subdivided, so the law is that of the path. A sample depends neither on the
     batch it is in nor on what the others do.
     "dpm_solver_pp_sde" predicts by SDE-DPM-Solver++(2M), adds the noise, asks and corrects by SA-Solver's corrector of order 3: one call per
-    step, of at most 1 / (1 + eta) in half log-SNR. "gotta_go_fast" is the stochastic Heun pair, two calls per step in t.
-    Order 2 in law of both, on steps of equal tolerance.
+    step, of at most 1 / (1 + eta) in half log-SNR; with eta = 0 it is `adaptive`'s Adams of order 2 in data form. "gotta_go_fast" is the
+    stochastic Heun pair, two calls per step in t; its estimate is one draw per element, which by luck is small where the elements are few:
+    it is for images.
+    Order of the tolerance, as steps follow it; 1 or 2 calls per step; SDE; data form, or noise form of "gotta_go_fast".
     Source: Lu et al. 2022 (arXiv 2211.01095) and Xue et al. 2023 (arXiv 2309.05019), the pair is this library's; Jolicoeur-Martineau et al.
     2021 (arXiv 2105.14080).
 
@@ -60,7 +62,7 @@ def adaptive_sde(
         start: first time, with alpha > 0; the schedule's own if None.
         stop: last time, with sigma > 0; the schedule's own if None. What noise is left at the stop stays in x.
         first_step: length of the first step, in half log-SNR or in t; chosen if None.
-        max_nfe: calls that no sample exceeds.
+        max_nfe: calls that no sample exceeds; a step that might is not tried.
         on_limit: "raise" `NonConvergence`, or "return" what there is, see `Solution.status`.
 
     Returns:
@@ -74,7 +76,8 @@ def adaptive_sde(
     choice("method", method, METHODS)
     stochasticity("eta", eta)
     state = started(x)
-    source = as_source(noise, len(x))
+    batchwide = noise is None or isinstance(noise, torch.Generator) or callable(noise)
+    source = None if batchwide and not isinstance(noise, PerSample) else as_source(noise, len(x))
     if not isinstance(source, PerSample):
         raise TypeError(
             f"noise is {type(noise).__name__}: expected an int seed or noise.per_sample(seed, ids), as each sample has steps of its own"
@@ -87,10 +90,7 @@ def adaptive_sde(
     form = Form("noise", "t") if heun else Form("data", clock=constant(eta) if eta else None)
     task = task_of(model, schedule, form, state.x, state.input_dtype, start, stop, rtol, atol)
     origin = task.ends[:1]
-    if (task.ends.half_logsnr < origin.half_logsnr).any():
-        raise ValueError(
-            "the times go from data to noise, where the reverse SDE does not lead: encode with `adaptive`"
-        )
+    refuse_upwards(task.ends)
     limits(first_step, max_nfe, on_limit)
 
     def clock(at: Levels) -> Tensor:
@@ -99,9 +99,11 @@ def adaptive_sde(
         return torch.expm1(2 * (at.clock - origin.clock))
 
     wiener = Wiener(Ahead(source, 0.0, x.shape[1:]), partial(in_lanes, clock))
-    kind: Method = StochasticHeun(task, noise=wiener, eta=eta)
-    if not heun:
-        kind = Adams(task, LONGEST / (1 + eta), 2, wiener) if eta else Adams(task, most=2)
+    kind: Method = Adams(task, most=2)
+    if heun:
+        kind = StochasticHeun(task, noise=wiener, eta=eta)
+    elif eta:
+        kind = Adams(task, LONGEST / (1 + eta), 2, wiener)
     with torch.no_grad():
         return integrate(kind, state.x, 1, first_step, max_nfe, on_limit, dense=False)
 
@@ -119,7 +121,7 @@ class StochasticHeun(Method):
 
     def first_step(self, front: Front) -> Tensor:
         """That of the paper."""
-        return torch.full_like(front.step, FIRST_STEP * abs(self.task.places[1] - self.task.places[0]))
+        return torch.full_like(front.step, FIRST_PART * abs(self.task.places[1] - self.task.places[0]))
 
     def attempt(self, front: Front) -> Trial:
         """Two slopes, of which the first is at hand."""

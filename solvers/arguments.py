@@ -22,6 +22,13 @@ def number(name: str, value: float) -> float:
         raise TypeError(f"{name} = {value!r:.100}: expected a real number") from error
 
 
+def flag(name: str, value: bool) -> bool:
+    """True or False, and not what merely counts as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r:.100}: expected True or False")
+    return value
+
+
 def numbers(name: str, values: "Tensor | ArrayLike") -> Tensor:
     """Real numbers as a float64 tensor of their own on the host. Python's are never rounded to float32 on the way.
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.arguments import choice, number, positive, whole
+from solvers.arguments import choice, flag, number, positive, whole
 from solvers.control import NonConvergence, Solution, ends_of
 from solvers.methods.exponential import Levels
 from solvers.methods.stochastic import drift_and_diffusion, stochasticity
-from solvers.predictions import AnyModel, path_derivative, predictor
-from solvers.run import started
+from solvers.predictions import AnyModel, as_model, path_derivative, predictor
+from solvers.run import started, warn_of_training
 from solvers.schedules import Schedule
 
 VARIABLES = ("t", "half_logsnr", "sigma")
@@ -212,7 +212,7 @@ def odeint(
         method: of torchdiffeq: "dopri5", "bosh3", "dopri8", "adaptive_heun", "fehlberg2", "rk4", "midpoint", ...
         rtol: relative tolerance of adaptive methods.
         atol: absolute tolerance of adaptive methods.
-        variable: what is integrated over, see `ProbabilityFlow`.
+        variable: what is integrated over, see `ProbabilityFlow`. A Discrete schedule has a kink in t at every level: take "half_logsnr".
         start: first time; the schedule's own if None.
         stop: last time; the schedule's own if None.
         options: torchdiffeq's, by name, e.g. {"first_step": 0.01}; methods of fixed steps want {"step_size": ...} in the variable. Adaptive
@@ -231,26 +231,25 @@ def odeint(
 
     choice("method", method, tuple(SOLVERS))
     whole("max_nfe", max_nfe, 1, 10**9)
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        positive(**{name: value})
+    positive(rtol=rtol, atol=atol)
+    options = _by_name(options, {"first_step": 0.01})
     state = started(x)
+    warn_of_training(as_model(model))
     flow = ProbabilityFlow(model, schedule, variable, state.input_dtype)
     ends = ends_of(schedule, start, stop)
     if x.numel() == 0 or ends[0] == ends[1]:
         return _same_for_all(state.x, 0, 0, ends[:1])
     places = torch.stack([flow.place(t) for t in ends])
-    if not isinstance(options, Mapping | None):
-        raise TypeError(f"options = {options!r:.100}: expected a dict, e.g. {{'first_step': 0.01}}")
-    y, options = flow.state(state.x, ends[0]), dict(options or {})
-    if "step_size" in options:
-        positive(step_size=options["step_size"])
+    y, passed = flow.state(state.x, ends[0]), dict(options)
+    if "step_size" in passed:
+        positive(step_size=passed["step_size"])
     flow.most, flow.bounds = max_nfe, (min(ends), max(ends))
     adaptive = "callback_accept_step" in SOLVERS[method].valid_callbacks()
     fixed = "callback_step" in SOLVERS[method].valid_callbacks() and not adaptive
     if adaptive:
-        asked_for = torch.as_tensor(options.get("step_t", []), dtype=torch.float64)
-        options["step_t"] = torch.cat([asked_for, places[1:]]).unique().to(y.device)
-    if fixed and not {"step_size", "grid_constructor"} & set(options):
+        asked_for = torch.as_tensor(passed.get("step_t", []), dtype=torch.float64, device="cpu")
+        passed["step_t"] = torch.cat([asked_for, places[1:]]).unique().to(y.device)
+    if fixed and not {"step_size", "grid_constructor"} & set(passed):
         length = float(abs(places[1] - places[0]))
         raise ValueError(
             f"method = {method!r} has fixed steps: give their length, e.g. options={{'step_size': {length / 100:.3g}}} for 100 of them"
@@ -278,7 +277,7 @@ def odeint(
                 "ignore", message=".*have no effect for a chosen solver: `min_step`"
             )  # torchdiffeq's own
             states = torchdiffeq.odeint(
-                flow, y, places.to(y.device), rtol=rtol, atol=atol, method=method, options=options
+                flow, y, places.to(y.device), rtol=rtol, atol=atol, method=method, options=passed
             )
         if len(states) < len(places):  # of scipy's only the start came back
             raise _GaveUp("min_step", "scipy did not reach the stop")
@@ -341,6 +340,9 @@ def sdeint(
         options: torchsde's, by name.
         max_nfe: calls after which to give up.
 
+    Returns:
+        The solution, with nfe; torchsde tells neither its steps nor its rejections.
+
     Raises:
         ValueError: an unknown method, no noise, a variable that is infinite at an end, or times from data to noise.
         NonConvergence: the result is not finite, steps became too short, or max_nfe calls did not suffice.
@@ -351,10 +353,13 @@ def sdeint(
     whole("steps", steps, 1, 10**7)
     whole("max_nfe", max_nfe, 1, 10**9)
     positive(rtol=rtol, atol=atol)
+    flag("adaptive", adaptive)
+    options = _by_name(options, {"grad_free": True})
     if noise is None:
         raise ValueError("sdeint needs noise: sdeint(model, schedule, x, noise=0) seeds its Brownian path")
     whole("noise", noise, 0, 2**63 - 1, example=0)
     state = started(x)
+    warn_of_training(as_model(model))
     sde = ReverseSDE(model, schedule, x.shape[1:], variable, eta, state.input_dtype)
     ends = ends_of(schedule, start, stop)
     if x.numel() == 0 or ends[0] == ends[1]:
@@ -366,7 +371,7 @@ def sdeint(
         )
     y = sde.state(state.x, ends[0]).reshape(len(x), -1)
     known = {"grad_free"} if method == "milstein" else set()
-    if set(options or {}) - known:
+    if set(options) - known:
         raise ValueError(f"options = {options!r:.200}: {method} knows {sorted(known)}")
     sde.most, sde.bounds = max_nfe, (min(ends), max(ends))
     path = torchsde.BrownianInterval(
@@ -381,7 +386,7 @@ def sdeint(
             warnings.filterwarnings("ignore", message="Numerical solution is not guaranteed")
             end = torchsde.sdeint(
                 sde, y, places, bm=path, method=method, dt=float(length) / steps * (1 + 1e-12), adaptive=adaptive, rtol=rtol, atol=atol,
-                dt_min=1e-9 * float(length), options=dict(options or {}),
+                dt_min=1e-9 * float(length), options=options,
             )[-1]  # fmt: skip
     except (UserWarning, AssertionError, _GaveUp) as error:
         start_only = _same_for_all(
@@ -408,10 +413,17 @@ def _sde_gave_up(method: str, sde: ReverseSDE, why: str, solution: Solution) -> 
     )
 
 
+def _by_name(options: Mapping[str, Any] | None, example: Mapping[str, Any]) -> dict[str, Any]:
+    """A library's own options."""
+    if not isinstance(options, Mapping | None):
+        raise TypeError(f"options = {options!r:.100}: expected a dict by name, e.g. {example}")
+    return dict(options or {})
+
+
 def _same_for_all(x: Tensor, nfe: int, rejected: int, times: list[float], status: str = "done") -> Solution:
     """A solution whose samples have all taken the same steps."""
     batch = len(x)
     calls, rejects = (torch.full((batch,), count, device="cpu") for count in (nfe, rejected))
     every = torch.tensor(times, dtype=torch.float64, device="cpu")
-    error = torch.zeros(batch, dtype=torch.float64, device="cpu")
-    return Solution(x, calls, rejects, [every] * batch, [status] * batch, error, [[]] * batch)
+    error = torch.full((batch,), torch.nan, dtype=torch.float64, device="cpu")
+    return Solution(x, calls, rejects, [every] * batch, [status] * batch, error, [[] for _ in range(batch)])

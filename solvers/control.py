@@ -67,8 +67,8 @@ class Solution:
         times: where each sample stood after its accepted steps, B tensors [accepted + 1], float64.
         status: "done"; or why it ended before: "max_nfe"; "min_step", as no step of least length keeps the tolerance;
             "non_finite", as the model's output is NaN or infinite.
-        error: the last estimate of the error of a step, over the tolerance, [B].
-        orders: the order of each accepted step, B lists [accepted].
+        error: the last estimate of the error of a step, over the tolerance, [B]; NaN where the library tells none.
+        orders: the order of each accepted step, B lists [accepted]; empty of `odeint` and `sdeint`.
         method: what took the steps, for `replay` and `at`.
         points: with dense=True, the states and the model's outputs at `times`, B pairs.
     """
@@ -227,7 +227,7 @@ class Task:
 
         Sample by sample, as sums over a batch depend on its size.
         """
-        rows = error / tolerance
+        rows = torch.where(error == 0, 0.0, error / tolerance)  # also where the tolerance is 0
         norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows]).cpu()
         ratio = norms / math.sqrt(max(rows[0].numel(), 1))
         return ratio.max().expand(len(ratio)) if self.coupled else ratio
@@ -411,15 +411,16 @@ def integrate(
     task, log = method.task, _Log(x, method.task)
     start, stop = task.places
     front = _first_front(method, x if start != stop else x[:0], order)
+    least = LEAST_STEP * abs(stop - start)
     if len(front.ids) and max_nfe > 1:
         log.nfe += ask_at_front(task, front)
         lost = [not m.isfinite().all() for m in front.outputs[0]]
-        lost = [(task.coupled and any(lost)) or mine for mine in lost]
-        log.leave(front, ["non_finite" if mine else "" for mine in lost], dense)
-    if len(front.ids) and max_nfe > 1:
-        front.step = torch.full_like(front.step, first_step) if first_step else method.first_step(front)
-        front.step = front.step.clamp(LEAST_STEP * abs(stop - start), method.longest)
-    least = LEAST_STEP * abs(stop - start)
+        log.leave(front, ["non_finite" if bad or (task.coupled and any(lost)) else "" for bad in lost], dense)
+        if len(front.ids):
+            first = (
+                method.first_step(front) if first_step is None else torch.full_like(front.step, first_step)
+            )
+            front.step = first.clamp(least, method.longest)
     while len(front.ids):
         allowed = log.nfe[front.ids] + (front.known == 0) + method.calls <= max_nfe
         log.leave(front, ["" if able else "max_nfe" for able in allowed.tolist()], dense)
@@ -511,7 +512,10 @@ class _Log:
         points = None
         if dense:
             points = [
-                (torch.stack([*states, end]), torch.stack(outputs or [end[:0]]))
+                (
+                    torch.stack([*states, end]),
+                    torch.stack(outputs) if outputs else end.new_zeros(0, *end.shape),
+                )
                 for states, outputs, end in zip(self.states, self.outputs, self.x, strict=True)
             ]
         return Solution(
@@ -526,7 +530,7 @@ def _refuse_unfinished(solution: Solution, max_nfe: int) -> None:
         return
     i = samples[0]
     why = {
-        "max_nfe": f"it would have made more than max_nfe = {max_nfe} calls",
+        "max_nfe": f"a further step might have made more than max_nfe = {max_nfe} calls",
         "min_step": "no step that is longer than rounding keeps the tolerance",
         "non_finite": "the model's output, or the state, is not finite",
     }[solution.status[i]]

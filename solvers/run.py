@@ -414,11 +414,12 @@ def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
     return source
 
 
-def warn_of_training(model: Model) -> None:
-    """Dropout and batch statistics have no place in sampling."""
+def warn_of_training(model: Model, stacklevel: int = 3) -> None:
+    """Dropout and batch statistics have no place in sampling; the warning points at the caller's caller, or further."""
     if isinstance(model.net, nn.Module) and model.net.training:
         warnings.warn(
-            "the network is in training mode (dropout, batch statistics): call net.eval()", stacklevel=3
+            "the network is in training mode (dropout, batch statistics): call net.eval()",
+            stacklevel=stacklevel,
         )
 
 

@@ -406,8 +406,8 @@ NOT_CALLED = [
     of_sde(ValueError, f"seed = {2**63}", "from 0 to", noise=2**63),
     *(of_sde(ValueError, f"eta = {eta}", FROM_0, eta=eta) for eta in (-1.0, -1e-9, nan, inf)),
     of_sde(TypeError, "eta = '1'", "expected a real number", eta="1"),
-    of_sde(ValueError, "from data to noise", "encode with `adaptive`", schedule=sv.Inversion(VP)),
-    of_sde(ValueError, "from data to noise", "encode with `adaptive`", schedule=sv.Inversion(VP), method="gotta_go_fast"),
+    of_sde(ValueError, "from data to noise", "encode with an ODE method", schedule=sv.Inversion(VP)),
+    of_sde(ValueError, "from data to noise", "encode with an ODE method", schedule=sv.Inversion(VP), method="gotta_go_fast"),
     of_sde(TypeError, "coupled", coupled=True),
     of_sde(TypeError, "dense", dense=True),
     # odeint

@@ -172,11 +172,7 @@ def textbook_stages(
 def phi_of_steps(form: Form, s: Levels, t: Levels) -> Phi:
     """What a tableau's weights are made of over the steps from s to t: (k, c = 1) -> phi_k(c z), [steps]."""
     h = t.half_logsnr - s.half_logsnr
-    z = (
-        torch.zeros_like(h)
-        if _is_classical(form)
-        else RATE.get(form.predicts, 0.0) * stochastic_factor(s, t) * h
-    )
+    z = torch.zeros_like(h) if _is_classical(form) else RATE[form.predicts] * stochastic_factor(s, t) * h
     return lambda k, c=1.0: phi(k, c * z)
 
 

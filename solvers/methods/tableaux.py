@@ -165,9 +165,9 @@ class Pair:
 
     Attributes:
         tableau: of the higher solution.
-        low: the weights of outputs 2, 3, ... in the lower one; as many as there are stages where it reads the output at the end of the step
-            too, which is the first of the next.
+        low: from the phi-functions, the weights of outputs 2, 3, ... in the lower solution.
         order: p.
+        asks_at_end: whether `low` reads the output at the step's end too, which is the first of the next.
     """
 
     tableau: Tableau
