@@ -786,3 +786,34 @@ def test_equal_steps_of_torchsde_are_as_many_as_asked_for(variable, steps):
     with seconds(3):
         solution = sv.sdeint(zero, VP, X, 0, steps=steps, variable=variable)
     assert solution.nfe.tolist() == [steps + 1] * 3  # one of them looks at the shapes
+
+
+@pytest.mark.parametrize("cap", [6, 15])
+def test_an_unfinished_run_is_replayed_as_far_as_it_came(cap):
+    """Also where the stop has no noise, so that only the last step of a finished run is not asked at."""
+    model, x = (
+        gaussian(FLOW)[0],
+        torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+    )
+    reached = sv.adaptive(model, FLOW, x, rtol=1e-6, atol=1e-6, max_nfe=cap, on_limit="return")
+    assert reached.status == ["max_nfe"] * 2
+    for i in range(2):
+        plan = sv.replay(reached, i)
+        assert torch.allclose(sv.run(plan, model, x[i : i + 1])[0], reached.x[i], rtol=0, atol=1e-12)
+
+
+def test_an_element_that_stays_zero_has_no_error_to_measure():
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    assert torch.equal(sv.adaptive(lambda x, t: 0.3 * x, VP, x, rtol=1e-3, atol=0).x, x)
+
+
+def test_points_of_numbers_are_kept_where_there_is_nothing_else():
+    x = torch.randn(2, dtype=torch.float64)
+    kept = sv.adaptive(zero, VP, x, dense=True, max_nfe=1, on_limit="return")
+    assert torch.equal(kept.at(VP.start), x)
+
+
+@pytest.mark.parametrize("option", ["coupled", "dense"])
+def test_a_word_is_not_a_switch(option):
+    with pytest.raises(TypeError, match=f"{option} = 'no': expected True or False"):
+        sv.adaptive(zero, VP, X, **{option: "no"})
