@@ -384,7 +384,7 @@ PEERS = ("bosh3", "dopri5", "DPM-Solver-23, coupled")  # whose names begin so
 
 
 def lines_of(records: Sequence[Adaptive], problem: str) -> dict[str, list[tuple[float, float]]]:
-    """(calls, RMSE) of each solver on a problem, of fixed plans the least error of all at each number of calls."""
+    """(calls, RMSE) of each solver on a problem, of fixed plans the least error of all with at most so many calls."""
     lines: dict[str, list[tuple[float, float]]] = {}
     fixed: dict[float, float] = {}
     for r in records:
@@ -394,7 +394,12 @@ def lines_of(records: Sequence[Adaptive], problem: str) -> dict[str, list[tuple[
             fixed[r.nfe] = min(r.rmse, fixed.get(r.nfe, r.rmse))
         else:
             lines.setdefault(r.solver, []).append((r.nfe, r.rmse))
-    return lines | ({"best fixed plan": sorted(fixed.items())} if fixed else {})
+    least = [
+        (calls, rmse)
+        for calls, rmse in sorted(fixed.items())
+        if rmse <= min(e for n, e in fixed.items() if n <= calls)
+    ]
+    return lines | ({"best fixed plan": least} if least else {})
 
 
 def draw_adaptive(records: Sequence[Adaptive]) -> Figure:

@@ -98,12 +98,12 @@ def adaptive(
     Source: adams: this library, see `Adams`; Lu et al. 2022 (arXiv 2206.00927), appendix C; pairs: see `solvers.tableaux`.
 
     Args:
-        model: as for `run`, asked at any time and for each sample at its own.
+        model: as for `run`, asked at any time and for each sample at its own: a network of whole steps with label=schedule.label.
         schedule: noise schedule.
         x: the states at `start`, [B, ...].
         order: of "adams" the highest order of the predictor, 1 to 8 (6); of "dpm_solver" 2 or 3 (3); of "exponential_rk" 3 or 4 (3).
-        rtol: tolerance relative to x.
-        atol: tolerance where x is small, in units of the data: that of a state with alpha^2 + sigma^2 = 1.
+        rtol: tolerance relative to x; the defaults are the paper's, coarse. The larger of the two counts: change both.
+        atol: tolerance where x is small, in units of the data: that of a state with alpha^2 + sigma^2 = 1; 2 / 256 by default.
         method: "adams" | "dpm_solver" | "exponential_rk".
         predicts: form of the prediction, "noise" | "data" | "velocity"; steps are in half log-SNR, in velocity form in the angle
             arctan(sigma / (scale alpha)), for which ends with alpha = 0 or sigma = 0 are like any other. By default "velocity", for "dpm_solver" "noise".
@@ -168,9 +168,9 @@ def task_of(
             raise ValueError(f"{name} = {value}: expected a finite number from 0, e.g. {name}=1e-3")
     least = ROUNDING * torch.finfo(x.dtype).eps
     if max(rtol, atol) < least:
-        hint = "give one of them" if rtol == atol == 0 else f"{x.dtype} cannot keep it; pass x.double()"
+        hint = "" if rtol == atol == 0 else f", as {x.dtype} cannot keep less (pass x.double() for that)"
         raise ValueError(
-            f"rtol = {rtol}, atol = {atol}: expected one of them from {least:.2g} on; {hint}, e.g. rtol=1e-3, atol=1e-3"
+            f"rtol = {rtol}, atol = {atol}: expected one of them from {least:.2g} on{hint}, e.g. rtol=1e-3, atol=1e-3"
         )
     warn_of_training(as_model(model), stacklevel=4)
     flag("coupled", coupled)
@@ -311,7 +311,8 @@ class Adams(Method):
             self.noise.advance(front, end, error <= 1)
             following = (order + (error <= 1)).clamp(max=self.most)
         taken = torch.where(unasked, more, order)
-        return Trial(end, x, low, error, at_end, factor, following, output, (~unasked).long(), taken)
+        calls = (~unasked).long()
+        return Trial(end, at_end, x, low, error, factor, taken, order=following, calls=calls, output=output)
 
     @property
     def asks_at_stop(self) -> bool:
@@ -400,18 +401,8 @@ class Embedded(Method):
         error = task.ratio(x - low, task.tolerance(low, end, front.before))
         factor = control.factor(error, front.error, float(self.pair.order))
         made = torch.full_like(front.order, self.calls)
-        return Trial(
-            end,
-            x,
-            low,
-            error,
-            at_end,
-            factor,
-            front.order,
-            outputs[-1] if self.pair.asks_at_end else None,
-            made,
-            front.order,
-        )
+        last, order = outputs[-1] if self.pair.asks_at_end else None, front.order
+        return Trial(end, at_end, x, low, error, factor, taken=order, order=order, calls=made, output=last)
 
     def _step(self, s: Levels, end: Levels) -> tuple[list[Levels], Tensor, Tensor, Tensor, Tensor]:
         """The stages of steps from s to `end` as `textbook_stages` has them; the weights of x and the outputs in the lower solution."""

@@ -144,15 +144,5 @@ class StochasticHeun(Method):
         self.noise.advance(front, end, error <= 1)
         factor = GOTTA_GO_FAST.factor(error, front.error, 1.0)
         made = torch.ones_like(front.order)
-        return Trial(
-            end,
-            front.x + (first + second) / 2,
-            low,
-            error,
-            at_end,
-            factor,
-            front.order,
-            None,
-            made,
-            front.order,
-        )
+        x, order = front.x + (first + second) / 2, front.order
+        return Trial(end, at_end, x, low, error, factor, taken=order, order=order, calls=made)

@@ -21,6 +21,9 @@ VARIABLES = ("t", "half_logsnr", "sigma")
 ALIASES = {"lambda": "half_logsnr", "time": "t", "rho": "sigma"}
 
 
+ROUNDING = 1e-5  # of the time at a schedule's ends
+
+
 class _GaveUp(Exception):
     """A run that leads nowhere; `status` as in `Solution`."""
 
@@ -62,6 +65,9 @@ class _Equation:
             raise _GaveUp("non_finite", "the model's output is not finite")
         if self.variable != "t":
             v = self.schedule.time(v if self.variable == "half_logsnr" else -torch.log(v))
+            low, high = sorted((self.schedule.start, self.schedule.stop))
+            inside = v.clamp(low, high)  # libraries round the variable, to float32 too
+            v = torch.where((v - inside).abs() <= ROUNDING * high, inside, v)
         return Levels.at(self.schedule, v.clamp(*self.bounds))
 
     def state(self, x: Tensor, t: float) -> Tensor:

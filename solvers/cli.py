@@ -176,7 +176,7 @@ def compare(
     """Compare solvers: their error against the exact answer, at equal numbers of network calls.
 
     All start from the same noise. Prints a table and writes errors.png (error against calls), digits.png (the samples
-    at the number of calls nearest to 10, under the exact ones) and records.jsonl (one record per run). The digits'
+    at the number of calls nearest to 10, under the exact ones; not with --adaptive) and records.jsonl (one record per run). The digits'
     exact answer is certified to 1e-11; with --model a fine run stands for it, checked against one of half as many calls.
 
     Example:  `solvers compare --solvers ddim,dpm_solver_3,dpm_solver_pp_2m --calls 6,12,24 --schedule edm`

@@ -128,22 +128,23 @@ def compare_adaptive(
         records.append(run | errors(sv.run(plan, problem.model, problem.x), exact) | setting)
     start, stop = spacing(schedule, 1)[[0, -1]].tolist()
     pairs = [(name, tolerance) for name in names if name in ADAPTIVE for tolerance in TOLERANCES]
-    lost: list[str] = []
+    lost: dict[str, list[str]] = {}
     for name, tolerance in track(pairs, "running the solvers", console=bars, transient=True):
         try:
             found = ADAPTIVE[name](
                 problem.model, schedule, problem.x, rtol=tolerance, atol=tolerance, start=start, stop=stop
             )
         except (sv.NonConvergence, ValueError) as reason:
-            lost.append(f"{name} is left out at tolerance {tolerance:g}: {reason}")
+            lost.setdefault(name, []).append(f"at tolerance {tolerance:g}: {reason}")
             continue
         run = {"solver": name, "calls": None, "tolerance": tolerance, "nfe": found.nfe.double().mean().item()}
         run |= {"most": int(found.nfe.max()), "rejected": found.rejected.double().mean().item()}
         records.append(run | errors(found.x, exact) | setting)
-    if not records:
-        raise ValueError(f"no solver is left: {'; '.join(dict.fromkeys(lost))}")
-    for line in () if quiet else lost:
-        typer.echo(f"solvers: {line}", err=True)
+    if pairs and all(len(lost.get(name, [])) == len(TOLERANCES) for name, _ in pairs):
+        raise ValueError(f"no adaptive solver is left: {pairs[0][0]} {lost[pairs[0][0]][0]}")
+    for name, reasons in () if quiet else lost.items():
+        more = f" (and at {len(reasons) - 1} others)" if len(reasons) > 1 else ""
+        typer.echo(f"solvers: {name} is left out {reasons[0]}{more}", err=True)
     order = [name for name in names if any(record["solver"] == name for record in records)]
     records.sort(key=lambda record: order.index(record["solver"]))
     over = "median of" if error == "median" else "over all"

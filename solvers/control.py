@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ class Control(NamedTuple):
         return torch.where(error <= 1, factor, factor.clamp(max=self.rejected))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Solution:
     """What an adaptive run found; entry i of each field is of sample i.
 
@@ -79,9 +79,18 @@ class Solution:
     times: list[Tensor]
     status: list[str]
     error: Tensor
-    orders: list[list[int]] = field(repr=False)
-    method: "Method | None" = field(repr=False, default=None)
-    points: list[tuple[Tensor, Tensor]] | None = field(repr=False, default=None)
+    orders: list[list[int]]
+    method: "Method | None" = None
+    points: list[tuple[Tensor, Tensor]] | None = None
+
+    def __repr__(self) -> str:
+        def span(counts: Tensor) -> str:
+            least, most = (int(counts.min()), int(counts.max())) if len(counts) else (0, 0)
+            return f"{least}" if least == most else f"{least} to {most}"
+
+        words = ", ".join(f"{self.status.count(word)} {word}" for word in dict.fromkeys(self.status))
+        kind = f"{list(self.x.shape)} {str(self.x.dtype).removeprefix('torch.')}"
+        return f"Solution(x: {kind}; nfe: {span(self.nfe)}; rejected: {span(self.rejected)}; status: {words or 'no samples'})"
 
     def at(self, t: float) -> Tensor:
         """The states at any time of the run, [B, ...], with the order of the method; the run needs dense=True.
@@ -92,7 +101,9 @@ class Solution:
             ValueError: t is outside a sample's `times`, or the run kept no points.
         """
         if self.points is None or self.method is None:
-            raise ValueError("the solution has no points to go by: run adaptive(..., dense=True)")
+            raise ValueError(
+                "the solution has no points to go by: a run of adaptive(..., dense=True) alone keeps them"
+            )
         number("t", t)
         states = [self._sample_at(i, float(t)) for i in range(len(self.x))]
         return torch.stack(states) if states else self.x
@@ -321,23 +332,18 @@ def column(values: Tensor, like: Tensor) -> Tensor:
 
 
 class Trial(NamedTuple):
-    """A step tried from the front.
+    """A step tried from the front, of each sample."""
 
-    end: levels of its end, [b]. x: its end state. low: the lower-order solution there. error: their difference over the tolerance,
-    [b], NaN where the model was. at_end: whether it reaches the stop, [b]. factor: next length over this one's, [b]. order: of the
-    next step, [b]. output: the model's at the end, or None. calls: made for each sample, [b]. taken: its own order, [b].
-    """
-
-    end: Levels
-    x: Tensor
-    low: Tensor
-    error: Tensor
-    at_end: Tensor
-    factor: Tensor
-    order: Tensor
-    output: Tensor | None
-    calls: Tensor
-    taken: Tensor
+    end: Levels  # [b]
+    at_end: Tensor  # [b] whether that is the stop
+    x: Tensor  # [b, ...] the state there
+    low: Tensor  # [b, ...] the lower-order solution there
+    error: Tensor  # [b] their difference over the tolerance; NaN where the model was
+    factor: Tensor  # [b] the length of the next step over that of this one
+    taken: Tensor  # [b] the order
+    order: Tensor  # [b] that of the next step
+    calls: Tensor  # [b] made
+    output: Tensor | None = None  # [b, ...] the model's at the end, where it was asked
 
 
 @dataclass(frozen=True)
@@ -529,15 +535,16 @@ def _refuse_unfinished(solution: Solution, max_nfe: int) -> None:
     if not samples:
         return
     i = samples[0]
+    loosen = "loosen rtol and atol"
     why = {
-        "max_nfe": f"a further step might have made more than max_nfe = {max_nfe} calls",
-        "min_step": "no step that is longer than rounding keeps the tolerance",
-        "non_finite": "the model's output, or the state, is not finite",
+        "max_nfe": f"a further step might have made more than max_nfe = {max_nfe} calls; {loosen}, or raise it",
+        "min_step": f"no step that is longer than rounding keeps the tolerance; {loosen}",
+        "non_finite": "the model's output, or the state, is not finite; look for the call that makes it so",
     }[solution.status[i]]
     raise NonConvergence(
         f"{len(samples)} of {len(solution.x)} samples did not arrive. Sample {i} came to t = {solution.times[i][-1]:g} with "
         f"{int(solution.nfe[i])} calls and {int(solution.rejected[i])} rejected steps, the last with an error of {solution.error[i]:.3g} times "
-        f"the tolerance: {why}. Loosen rtol and atol, raise max_nfe, or take what there is by on_limit='return'",
+        f"the tolerance: {why}; or take what there is by on_limit='return'",
         solution,
         samples,
     )

@@ -214,7 +214,7 @@ def price_table(
         return f"[bold]{value:.0f}[/]" if value == best else f"{value:.0f}"
 
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
-    table.add_column("error", no_wrap=True)
+    table.add_column("calls for error", no_wrap=True)
     for target in targets:
         table.add_column(f"{target:g}", justify="right")
     for solver in solvers:

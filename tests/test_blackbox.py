@@ -230,6 +230,13 @@ def test_the_flow_can_be_given_to_torchdiffeq_and_scipy_by_hand(variable):
     assert worst(flow.x(end, NARROW[1]), exact("line", NARROW)[:3]) < 1e-5
 
 
+def test_a_flow_may_be_asked_where_float32_has_the_schedule_s_ends():
+    for variable in VARIABLES:
+        flow, x = sv.ProbabilityFlow(MODELS["line"], VP, variable), starts("line", FULL)[:3].float()
+        for t in FULL:
+            assert flow(flow.place(t).float(), flow.state(x, t)).isfinite().all()
+
+
 def test_a_flow_on_its_own_needs_step_t_where_the_schedule_ends():
     """torchdiffeq steps past the stop and interpolates, unless it is given step_t."""
     flow, x = sv.ProbabilityFlow(MODELS["line"], VP), starts("line", FULL)[:3]
