@@ -817,3 +817,13 @@ def test_points_of_numbers_are_kept_where_there_is_nothing_else():
 def test_a_word_is_not_a_switch(option):
     with pytest.raises(TypeError, match=f"{option} = 'no': expected True or False"):
         sv.adaptive(zero, VP, X, **{option: "no"})
+
+
+def test_a_solution_prints_in_one_line():
+    solution = sv.adaptive(zero, VP, X, rtol=1e-2, atol=1e-2)
+    assert repr(solution) == (
+        f"Solution(x: [3, 2] {str(X.dtype).removeprefix('torch.')}; nfe: {solution.nfe.min()}"
+        + (f" to {solution.nfe.max()}" if solution.nfe.max() > solution.nfe.min() else "")
+        + "; rejected: 0; status: 3 done)"
+    )
+    assert repr(sv.adaptive(zero, VP, X[:0])).endswith("status: no samples)")
