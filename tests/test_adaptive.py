@@ -68,7 +68,7 @@ def tolerances():
     for problem in PROBLEMS:
         for name in METHODS:
             for digits in (1, 2, 3, 4, 5, 6):
-                slow = digits > (4 if problem == "line" else 2) or (digits == 4 and name == "adams")
+                slow = digits > (3 if problem == "line" else 2)
                 yield pytest.param(problem, name, digits, marks=[pytest.mark.slow] if slow else [])
 
 

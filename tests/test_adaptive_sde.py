@@ -216,7 +216,9 @@ def assert_exact_on_a_path_alone(problem, method, eta, n, monkeypatch):
     assert not moments_agree(ended(problem, method, eta, tolerance, n)[0])
 
 
-@pytest.mark.parametrize(("method", "n"), [("gotta_go_fast", 500), ("dpm_solver_pp_sde", 1300)])
+@pytest.mark.parametrize(
+    ("method", "n"), [("gotta_go_fast", 500), pytest.param("dpm_solver_pp_sde", 1300, marks=pytest.mark.slow)]
+)
 def test_the_law_is_exact_with_many_rejections_and_not_with_noise_drawn_anew(method, n, monkeypatch):
     assert_exact_on_a_path_alone("gaussian", method, 1.0, n, monkeypatch)
 

@@ -53,7 +53,7 @@ def results(scripts, tmp_path_factory):
     names = ["ddpm", "analytic_ddpm", "analytic_ddpm, optimal trajectory", "sn_ddpm"]
     scripts["stochastic"].main(["--out", str(laws), *chosen, "--methods", *names, "--calls", "2", "6"])
     tolerances = folder / "adaptive.jsonl"
-    names = ["adams", "DPM-Solver-23, coupled", "bosh3, half_logsnr"]
+    names = ["adams", "bosh3, t"]
     scripts["adaptive"].main(
         ["--out", str(tolerances), "--problems", "1-D mixture", "--starts", "8", "--solvers", *names]
     )

@@ -141,7 +141,7 @@ def test_records_hold_the_error_against_the_exact_flow(compared):
 @pytest.mark.parametrize("name", cli.SOLVERS)
 def test_a_plan_makes_the_calls_that_fit(name):
     schedule = sv.VP()
-    for calls in range(1, 20):
+    for calls in (1, 2, 3, 4, 5, 6, 7, 12, 19):
         plan = comparison.within(name, schedule, sv.logsnr, calls)
         if plan is None:
             method = METHODS[name]
