@@ -58,9 +58,8 @@ METHODS = ("adams", "dpm_solver", "exponential_rk")
 USUAL = {"adams": (6, "velocity"), "dpm_solver": (3, "noise"), "exponential_rk": (3, "velocity")}
 SILENT = 0.1  # of the tolerance, by which predictors may disagree on a last step that ends unasked
 ADAMS = Control(safety=0.5, integral=1.0, proportional=0.0, least=0.1, most=2.0)
-CORRECTED = (
-    1 / 3
-)  # of the predictor's error counts: the corrected state, with which the run goes on, has a smaller one
+# of the predictor's error that counts: the corrected state, with which the run goes on, has a smaller one
+CORRECTED = 1 / 3
 PAIR = Control(safety=0.9, integral=0.7, proportional=0.4, least=0.2, most=5.0)
 PAPER = Control(0.9, 1.0, 0.0, least=0.0, most=inf, rejected=1.0, stretch=1.0)
 FIRST_STEP = 0.05  # of a coupled pair, in half log-SNR: Lu et al. 2022
@@ -262,7 +261,8 @@ class Adams(Method):
             low = a * front.x + mixed(weights, front.outputs)
             if self.noise:  # which no predictor knows of
                 break
-            higher = mixed(self._weights(front, end, more) - weights, front.outputs)
+            more_weights = self._weights(front, end, more)
+            higher = mixed(more_weights - weights, front.outputs)
             tolerance = task.tolerance(low, end, front.before)
             doubt = self._ratio(higher, tolerance)
             silent = at_end & (not self.asks_at_stop)
@@ -285,21 +285,23 @@ class Adams(Method):
             on = (~unasked).to(low.device)
             output[on] = task.ask(low[on], end.times[~unasked])
 
-        def difference(orders: Tensor) -> Tensor:
-            """The corrector of one order more less the predictor of some orders."""
+        def difference(orders: Tensor, predictor: Tensor) -> Tensor:
+            """The corrector of one order more less the predictor of some orders, whose weights are at hand."""
             change = self._weights(front, end, orders, new=True)
-            change[:, 1:] -= self._weights(front, end, orders)
+            change[:, 1:] -= predictor
             return mixed(change, [output, *front.outputs])
 
-        correction = difference(order)
+        correction = difference(order, weights)
         error = self._ratio(correction, tolerance)
-        lower, raisable = order > 1, (more > order) & (order < self.most)
         factors = [torch.zeros_like(error), self._factor(error, order), torch.zeros_like(error)]
-        for side, allowed in ((0, lower), (2, raisable & (error <= 1))):
-            if allowed.any() and not self.noise:
-                other = torch.where(allowed, order + side - 1, order)
-                estimate = self._ratio(difference(other), tolerance)
-                factors[side] = torch.where(allowed, self._factor(estimate, other), 0.0)
+        lower, raisable = order > 1, (more > order) & (order < self.most) & (error <= 1)
+        if lower.any() and not self.noise:
+            less = torch.where(lower, order - 1, order)
+            estimate = self._ratio(difference(less, self._weights(front, end, less)), tolerance)
+            factors[0] = torch.where(lower, self._factor(estimate, less), 0.0)
+        if raisable.any() and not self.noise:
+            estimate = self._ratio(difference(more, more_weights), tolerance)
+            factors[2] = torch.where(raisable, self._factor(estimate, more), 0.0)
         factor, best = torch.stack(factors).max(0)
         factor = torch.where(error <= 1, factor, factor.clamp(max=REJECTED))
         x = low + correction
@@ -438,9 +440,8 @@ def replay(solution: Solution, sample: int = 0) -> Plan:
         return runge_kutta(method.task.schedule, levels, method.tableau, method.task.form)
     orders, form, at_stop = solution.orders[sample], method.task.form, levels
     a, b = adams_rows(method.task.schedule, form, levels, orders, "vary_coeff")
-    if (
-        method.asks_at_stop or solution.status[sample] != "done"
-    ):  # a row without length corrects the last step
+    asked_at_last = method.asks_at_stop or solution.status[sample] != "done"
+    if asked_at_last:  # a row without length corrects the last step
         at_stop = levels[[*range(len(times)), -1]]
         a, b = torch.cat([a, torch.ones_like(a[:1])]), torch.cat([b, torch.zeros_like(b[:1])])
     plan = Plan(at_stop.times, at_stop.alpha, at_stop.sigma, a, b, predicts=form.predicts, scale=form.scale)

@@ -11,7 +11,7 @@ from solvers.arguments import choice
 from solvers.control import Control, Front, Method, Solution, Trial, aim, column, integrate
 from solvers.methods.exponential import Form, Levels, refuse_upwards
 from solvers.methods.stochastic import constant, drift_and_diffusion, stochasticity
-from solvers.noise import Ahead, PerSample, as_source
+from solvers.noise import Ahead, PerSample, as_source, one_id_each
 from solvers.predictions import AnyModel
 from solvers.run import started
 from solvers.schedules import Schedule, in_lanes
@@ -82,10 +82,7 @@ def adaptive_sde(
         raise TypeError(
             f"noise is {type(noise).__name__}: expected an int seed or noise.per_sample(seed, ids), as each sample has steps of its own"
         )
-    if len(source.ids) != len(x):
-        raise ValueError(
-            f"noise is for {len(source.ids)} samples, but the batch has {len(x)}: give one id per sample"
-        )
+    one_id_each(source.ids, len(x))
     heun = method == "gotta_go_fast"
     form = Form("noise", "t") if heun else Form("data", clock=constant(eta) if eta else None)
     task = task_of(model, schedule, form, state.x, state.input_dtype, start, stop, rtol, atol)

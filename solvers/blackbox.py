@@ -270,6 +270,9 @@ def odeint(
         nonlocal rejected
         rejected += 1
 
+    def passed_times() -> list[float]:
+        return [ends[0], *(float(flow.level(v).times) for v, _ in accepted if v != places[0])]
+
     if adaptive:
         flow.callback_accept_step, flow.callback_reject_step = accept, reject  # type: ignore[attr-defined]
     elif fixed:
@@ -279,9 +282,8 @@ def odeint(
             warnings.filterwarnings(
                 "error", message=".*Unexpected arguments|The following arguments have no effect"
             )
-            warnings.filterwarnings(
-                "ignore", message=".*have no effect for a chosen solver: `min_step`"
-            )  # torchdiffeq's own
+            # torchdiffeq's own
+            warnings.filterwarnings("ignore", message=".*have no effect for a chosen solver: `min_step`")
             states = torchdiffeq.odeint(
                 flow, y, places.to(y.device), rtol=rtol, atol=atol, method=method, options=passed
             )
@@ -292,8 +294,7 @@ def odeint(
     except UserWarning as error:
         raise ValueError(f"options = {options!r:.200}: {method} does not know them all; {error}") from error
     except (AssertionError, _GaveUp) as error:
-        y = accepted[-1][1] if accepted else y
-        times = [ends[0], *(float(flow.level(v).times) for v, _ in accepted if v != places[0])]
+        y, times = accepted[-1][1] if accepted else y, passed_times()
         t, status = times[-1], getattr(error, "status", "min_step" if flow.finite else "non_finite")
         status = "max_nfe" if "max_num_steps" in str(error) else status
         raise NonConvergence(
@@ -302,9 +303,7 @@ def odeint(
             _same_for_all(flow.x(y, t), flow.nfe, rejected, times, status),
             [*range(len(x))],
         ) from error
-    times = [float(flow.level(v).times) for v, _ in accepted]
-    inner = [t for t in times if t != ends[0]]
-    return _same_for_all(flow.x(states[-1], ends[1]), flow.nfe, rejected, [ends[0], *inner, ends[1]])
+    return _same_for_all(flow.x(states[-1], ends[1]), flow.nfe, rejected, [*passed_times(), ends[1]])
 
 
 def sdeint(

@@ -67,11 +67,7 @@ def compare_errors(
     plans = fitting(names, problem, spacing, budgets, BUILDS, quiet)
     out.mkdir(parents=True, exist_ok=True)
     bars = Console(stderr=True, quiet=quiet)
-
-    with bars.status("computing the exact answer"):
-        exact, resolution, reference = answer(problem, spacing, reference_calls)
-    setting = {"samples": len(exact), "reference": reference, "resolution": resolution}
-    setting |= {"grid": spacing.__name__, **problem.origin, **versions()}
+    exact, setting = answered(problem, spacing, reference_calls, bars)
     records: list[dict[str, Any]] = []
     ends: dict[tuple[str, int], Tensor] = {}
     for (name, budget), plan in track(plans.items(), "running the solvers", console=bars, transient=True):
@@ -91,7 +87,7 @@ def compare_errors(
         best = sorted(
             (record for record in records if record["calls"] == near), key=lambda record: record[key]
         )
-        first = "exact" if problem.flow else f"{reference}\n(known to {resolution:.0e})"
+        first = "exact" if problem.flow else f"{setting['reference']}\n(known to {setting['resolution']:.0e})"
         rows = {first: exact} | {record["solver"]: ends[record["solver"], near] for record in best}
         files["images.png" if own else "digits.png"] = figures.gallery(
             {name: x[:PICTURED_SAMPLES] for name, x in rows.items()},
@@ -118,10 +114,7 @@ def compare_adaptive(
     plans = fitting(fixed, problem, spacing, budgets, BUILDS, quiet) if fixed else {}
     out.mkdir(parents=True, exist_ok=True)
     bars = Console(stderr=True, quiet=quiet)
-    with bars.status("computing the exact answer"):
-        exact, resolution, reference = answer(problem, spacing, reference_calls)
-    setting = {"samples": len(exact), "reference": reference, "resolution": resolution}
-    setting |= {"grid": spacing.__name__, **problem.origin, **versions()}
+    exact, setting = answered(problem, spacing, reference_calls, bars)
     records: list[dict[str, Any]] = []
     for (name, budget), plan in plans.items():
         run: dict[str, Any] = {"solver": name, "calls": budget, "nfe": plan.nfe}
@@ -209,6 +202,16 @@ def compare_laws(
         ink=True,
     ).savefig
     write(out, files, quiet)
+
+
+def answered(
+    problem: Problem, spacing: Grid, reference_calls: int, bars: Console
+) -> tuple[Tensor, dict[str, Any]]:
+    """What runs are held against, and what every record says of it and of the problem."""
+    with bars.status("computing the exact answer"):
+        exact, resolution, reference = answer(problem, spacing, reference_calls)
+    setting = {"samples": len(exact), "reference": reference, "resolution": resolution}
+    return exact, setting | {"grid": spacing.__name__, **problem.origin, **versions()}
 
 
 def fitting(

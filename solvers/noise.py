@@ -44,10 +44,7 @@ class PerSample:
 
     def __call__(self, draw: int, like: Tensor) -> Tensor:
         """Draw number `draw` for a step: standard normals with the shape, dtype and device of `like` [B, ...]."""
-        if len(like) != len(self.ids):
-            raise ValueError(
-                f"noise is for {len(self.ids)} samples, but the batch has {len(like)}: give one id per sample"
-            )
+        one_id_each(self.ids, len(like))
         normals = self._normals(STEPS, draw, like.shape[1:]).to(like.dtype)
         if like.is_cuda:  # from pinned memory the copy does not wait for the device
             return normals.pin_memory().to(like.device, non_blocking=True)
@@ -83,6 +80,14 @@ def per_sample(seed: int, ids: Sequence[int]) -> PerSample:
     return PerSample(
         whole("seed", seed, 0, 2**63 - 1), tuple(whole("ids", sample, 0, 2**63 - 1) for sample in ids)
     )
+
+
+def one_id_each(ids: Sequence[int], batch: int) -> None:
+    """Noise of other samples is refused."""
+    if len(ids) != batch:
+        raise ValueError(
+            f"noise is for {len(ids)} samples, but the batch has {batch}: give one id per sample"
+        )
 
 
 class Brownian:

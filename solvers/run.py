@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from solvers.grids import has_levels, usual
 from solvers.methods.unipc import recommended
-from solvers.noise import Brownian, Noise, PerSample, Source, as_source
+from solvers.noise import Brownian, Noise, PerSample, Source, as_source, one_id_each
 from solvers.plan import Plan, last_use
 from solvers.predictions import AnyModel, Model, as_model, two_outputs
 from solvers.rows import (
@@ -402,10 +402,8 @@ def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
         raise ValueError(
             "the plan is stochastic and needs noise: run(plan, model, x, noise=0) seeds one stream per sample"
         )
-    if isinstance(source, PerSample | Brownian) and len(source.ids) != batch:
-        raise ValueError(
-            f"noise is for {len(source.ids)} samples, but the batch has {batch}: give one id per sample"
-        )
+    if isinstance(source, PerSample | Brownian):
+        one_id_each(source.ids, batch)
     if isinstance(source, Brownian) and len(source.clock) != plan.rows + 1:
         raise ValueError(
             f"the clock has {len(source.clock) - 1} steps, the plan {plan.rows} rows: give T at the plan's times, e.g. "
