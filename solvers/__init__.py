@@ -4,7 +4,9 @@ from solvers import noise
 from solvers.adaptive import adaptive, replay
 from solvers.adaptive_sde import adaptive_sde
 from solvers.blackbox import ProbabilityFlow, ReverseSDE, odeint, sdeint
+from solvers.bound import Bound, continuous_elbo, elbo
 from solvers.control import NonConvergence, Solution
+from solvers.decoder import Decoder
 from solvers.discrete import Discrete
 from solvers.grids import (
     angle,
@@ -20,7 +22,17 @@ from solvers.grids import (
     trailing,
     uniform,
 )
+from solvers.jacobian import exact, hutchinson
 from solvers.langevin import predictor_corrector
+from solvers.likelihood import (
+    LogLikelihood,
+    bits_per_dim,
+    decode,
+    dequantized,
+    encode,
+    log_likelihood,
+    round_trip_error,
+)
 from solvers.methods import tableaux
 from solvers.methods.analytic import (
     Gamma,
@@ -62,17 +74,29 @@ from solvers.plan import Plan, fold
 from solvers.predictions import Model, centred, convert
 from solvers.run import NonFiniteError, State, run, sample, trajectory
 from solvers.schedules import EDM, VE, VP, Cosine, Flow, Inversion, LogSNR, Schedule, SubVP
-from solvers.training import npr_loss, sn_loss
+from solvers.training import (
+    DSM,
+    dsm_loss,
+    dsm_losses,
+    importance_times,
+    loss_weight,
+    npr_loss,
+    sn_loss,
+)
 
 __all__ = [
+    "DSM",
     "EDM",
     "VE",
     "VP",
+    "Bound",
     "Cosine",
+    "Decoder",
     "Discrete",
     "Flow",
     "Gamma",
     "Inversion",
+    "LogLikelihood",
     "LogSNR",
     "Model",
     "NonConvergence",
@@ -91,13 +115,17 @@ __all__ = [
     "ancestral",
     "angle",
     "angle_levels",
+    "bits_per_dim",
     "centred",
     "churn",
+    "continuous_elbo",
     "convert",
     "corrected",
     "ddim",
     "ddpm",
+    "decode",
     "deis",
+    "dequantized",
     "dpm_solver",
     "dpm_solver_fast",
     "dpm_solver_multistep",
@@ -105,10 +133,15 @@ __all__ = [
     "dpm_solver_pp_sde",
     "dpm_solver_sde",
     "dpm_solver_v3",
+    "dsm_loss",
+    "dsm_losses",
+    "elbo",
+    "encode",
     "er_sde",
     "estimate_gamma",
     "estimate_statistics",
     "euler_maruyama",
+    "exact",
     "exponential_adams",
     "exponential_rk",
     "extended_analytic_dpm",
@@ -117,13 +150,17 @@ __all__ = [
     "gaussian_statistics",
     "given",
     "heun",
+    "hutchinson",
+    "importance_times",
     "ipndm",
     "ipndm_v",
     "karras",
     "leading",
     "linspace",
     "lms",
+    "log_likelihood",
     "logsnr",
+    "loss_weight",
     "ml_sde",
     "noise",
     "noised",
@@ -139,6 +176,7 @@ __all__ = [
     "replay",
     "restart",
     "reverse_diffusion",
+    "round_trip_error",
     "run",
     "sa_solver",
     "sample",

@@ -17,8 +17,8 @@ from solvers.predictions import AnyModel, as_model, path_derivative, predictor
 from solvers.run import started, warn_of_training
 from solvers.schedules import Schedule
 
-VARIABLES = ("t", "half_logsnr", "sigma")
-ALIASES = {"lambda": "half_logsnr", "time": "t", "rho": "sigma"}
+VARIABLES = ("t", "half_logsnr", "sigma", "angle")
+ALIASES = {"lambda": "half_logsnr", "time": "t", "rho": "sigma", "theta": "angle"}
 
 
 ROUNDING = 1e-5  # of the time at a schedule's ends
@@ -33,7 +33,7 @@ class _GaveUp(Exception):
 
 
 class _Equation:
-    """What the ODE and the SDE have in common: a variable, and a state in it, x / alpha in sigma and else x."""
+    """What the ODE and the SDE have in common: a variable, and a state in it: x / alpha in sigma, x / sqrt(alpha^2 + sigma^2) in angle, else x."""
 
     def __init__(
         self, model: AnyModel, schedule: Schedule, variable: str, want: str, dtype: torch.dtype | None
@@ -50,7 +50,12 @@ class _Equation:
             ValueError: it is infinite there.
         """
         at = Levels.at(self.schedule, torch.tensor(float(number("t", t)), dtype=torch.float64, device="cpu"))
-        place = {"t": at.times, "half_logsnr": at.half_logsnr, "sigma": at.sigma / at.alpha}[self.variable]
+        place = {
+            "t": at.times,
+            "half_logsnr": at.half_logsnr,
+            "sigma": at.sigma / at.alpha,
+            "angle": torch.atan2(at.sigma, at.alpha),
+        }[self.variable]
         if not place.isfinite():
             raise ValueError(
                 f"t = {t:g}: {self.variable} is infinite there, so no step leads to it; give a time with alpha > 0 and sigma > 0, or "
@@ -64,6 +69,8 @@ class _Equation:
         if v.isnan():  # the length of a step after outputs that are not finite
             raise _GaveUp("non_finite", "the model's output is not finite")
         if self.variable != "t":
+            if self.variable == "angle":
+                v = torch.tan(v.clamp(0, math.pi / 2))
             v = self.schedule.time(v if self.variable == "half_logsnr" else -torch.log(v))
             low, high = sorted((self.schedule.start, self.schedule.stop))
             inside = v.clamp(low, high)  # libraries round the variable, to float32 too
@@ -72,14 +79,20 @@ class _Equation:
 
     def state(self, x: Tensor, t: float) -> Tensor:
         """The state of the equation that x is at a time."""
-        return x / self._unit(t).to(x) if self.variable == "sigma" else x
+        return x / self._unit(t).to(x)
 
     def x(self, state: Tensor, t: float) -> Tensor:
         """The x that a state is at a time."""
-        return state * self._unit(t).to(state) if self.variable == "sigma" else state
+        return state * self._unit(t).to(state)
 
     def _unit(self, t: float) -> Tensor:
-        return self.schedule.alpha(torch.tensor(float(t), dtype=torch.float64, device="cpu"))
+        return self._norm(Levels.at(self.schedule, torch.tensor(float(t), dtype=torch.float64, device="cpu")))
+
+    def _norm(self, at: Levels) -> Tensor:
+        """What x is divided by in the state."""
+        if self.variable == "angle":
+            return torch.hypot(at.alpha, at.sigma)
+        return at.alpha if self.variable == "sigma" else torch.ones_like(at.alpha)
 
     def _ask(self, x: Tensor, at: Levels) -> Tensor:
         if self.nfe >= self.most:
@@ -93,14 +106,15 @@ class _Equation:
 class ProbabilityFlow(_Equation):
     """The probability-flow ODE as ODE libraries take it: a function (v, y) -> dy/dv.
 
-    In "t" and "half_logsnr" y is x; in "sigma" v is sigma / alpha and y is x / alpha, so that dy/dv is the noise prediction. torchdiffeq's
-    adaptive methods step past the stop, where a schedule may end, unless they get options={"step_t": the stop's place}.
+    In "t" and "half_logsnr" y is x; in "sigma" v is sigma / alpha and y is x / alpha, so that dy/dv is the noise prediction; in "angle" v is
+    arctan(sigma / alpha) and y is x / n with n = sqrt(alpha^2 + sigma^2), so that dy/dv is the velocity over n, and both ends of any schedule are
+    regular. torchdiffeq's adaptive methods step past the stop, where a schedule may end, unless they get options={"step_t": the stop's place}.
     Source: Song et al. 2021 (arXiv 2011.13456), eq. 13; in sigma: Karras et al. 2022 (arXiv 2206.00364), eq. 1.
 
     Args:
         model: as for `run`.
         schedule: noise schedule.
-        variable: "t" | "half_logsnr" | "sigma".
+        variable: "t" | "half_logsnr" | "sigma" | "angle".
         dtype: in which the network is called; None for that of y.
 
     Attributes:
@@ -110,16 +124,18 @@ class ProbabilityFlow(_Equation):
     def __init__(
         self, model: AnyModel, schedule: Schedule, variable: str = "t", dtype: torch.dtype | None = None
     ):
-        super().__init__(model, schedule, variable, "noise" if variable == "sigma" else "flow", dtype)
+        want = {"sigma": "noise", "angle": "velocity"}.get(variable, "flow")
+        super().__init__(model, schedule, variable, want, dtype)
 
     def __call__(self, v: Tensor, y: Tensor) -> Tensor:
         """dy/dv, the shape of y [B, ...]."""
         at = self.level(v)
-        if self.variable == "sigma":
-            return self._ask(y * at.alpha.to(y), at)
-        slope = self._ask(y, at)
-        if self.variable == "t":
+        norm = self._norm(at).to(y)
+        slope = self._ask(y * norm, at)
+        if self.variable in ("t", "sigma"):
             return slope
+        if self.variable == "angle":
+            return slope / norm
         alpha_dot, sigma_dot = path_derivative(self.schedule, at.times, at.alpha, at.sigma)
         return slope / (alpha_dot / at.alpha - sigma_dot / at.sigma).to(slope)
 
@@ -127,7 +143,7 @@ class ProbabilityFlow(_Equation):
 class ReverseSDE(_Equation):
     """The reverse SDE as torchsde takes it: drift f and diffusion g on a flat state [B, D], in a variable s that grows towards the data.
 
-    s is -t, half log-SNR, or -sigma / alpha, where y is x / alpha. With eta = tau^2 the marginals are the same for every eta:
+    s is -t, half log-SNR, -sigma / alpha, where y is x / alpha, or -arctan(sigma / alpha), where y is x / sqrt(alpha^2 + sigma^2). With eta = tau^2 the marginals are the same for every eta:
     dx = [f x - (1 + eta) / 2 g^2 score] dt + sqrt(eta) g dw; in half log-SNR g^2 dt is 2 sigma^2 dlambda.
     Source: Song et al. 2021 (arXiv 2011.13456), eq. 6.
 
@@ -135,7 +151,7 @@ class ReverseSDE(_Equation):
         model: as for `run`.
         schedule: noise schedule.
         shape: of one sample, to which the flat state is brought for the network.
-        variable: "t" | "half_logsnr" | "sigma".
+        variable: "t" | "half_logsnr" | "sigma" | "angle".
         eta: 1 for the reverse SDE, 0 for the ODE.
         dtype: in which the network is called; None for that of y.
 
@@ -162,29 +178,39 @@ class ReverseSDE(_Equation):
         return 1.0 if self.variable == "half_logsnr" else -1.0
 
     def place(self, t: float) -> Tensor:
-        """The variable s at a time, float64 []."""
-        return self._sign * super().place(t)
+        """The variable s at a time, float64 [].
+
+        Raises:
+            ValueError: it is infinite there, or, in "angle", the drift is, as alpha = 0.
+        """
+        place = self._sign * super().place(t)
+        if (
+            self.variable == "angle"
+            and self.schedule.alpha(torch.tensor(float(t), dtype=torch.float64, device="cpu")) == 0
+        ):
+            raise ValueError(
+                f"t = {t:g}: the reverse SDE has an infinite drift there in angle; start where alpha > 0"
+            )
+        return place
 
     def f(self, s: Tensor, y: Tensor) -> Tensor:
         """The drift, [B, D]."""
         at = self.level(self._sign * s)
-        x = y.reshape(-1, *self.shape)
-        x = x * at.alpha.to(x) if self.variable == "sigma" else x
+        x = y.reshape(-1, *self.shape) * self._norm(at).to(y)
         noise = self._ask(x, at).reshape(y.shape)
-        if self.variable == "sigma":
-            return -(1 + self.eta) * noise
-        linear, square = drift_and_diffusion(self.schedule, at)
-        weights = -linear, -(1 + self.eta) / 2 * square / at.sigma
-        if self.variable == "half_logsnr":
-            speed = 2 * at.sigma**2 / square  # -dt / dlambda
-            weights = weights[0] * speed, weights[1] * speed
-        of_x, of_noise = (w.to(y) for w in weights)
-        return of_x * y + of_noise * noise
+        linear, of_noise = torch.zeros_like(at.sigma), -torch.ones_like(at.sigma)
+        if self.variable == "angle":
+            linear, of_noise = at.sigma / at.alpha, -torch.hypot(at.alpha, at.sigma) / at.alpha
+        elif self.variable != "sigma":
+            f, square = drift_and_diffusion(self.schedule, at)
+            speed = 2 * at.sigma**2 / square if self.variable == "half_logsnr" else 1.0  # -dt / dlambda
+            linear, of_noise = -f * speed, -square / at.sigma / 2 * speed
+        return linear.to(y) * y + ((1 + self.eta) * of_noise).to(y) * noise
 
     def g(self, s: Tensor, y: Tensor) -> Tensor:
         """The diffusion, [B, D], the same for all elements."""
         at = self.level(self._sign * s)
-        if self.variable == "sigma":
+        if self.variable in ("sigma", "angle"):
             square = 2 * at.sigma / at.alpha
         elif self.variable == "half_logsnr":
             square = 2 * at.sigma**2
@@ -206,6 +232,7 @@ def odeint(
     stop: float | None = None,
     options: Mapping[str, Any] | None = None,
     max_nfe: int = 100_000,
+    grad: bool = False,
 ) -> Solution:
     """The probability-flow ODE by torchdiffeq: one step for the whole batch, the error's root mean square over all of it.
 
@@ -218,12 +245,13 @@ def odeint(
         method: of torchdiffeq: "dopri5", "bosh3", "dopri8", "adaptive_heun", "fehlberg2", "rk4", "midpoint", ...
         rtol: relative tolerance of adaptive methods.
         atol: absolute tolerance of adaptive methods.
-        variable: what is integrated over, see `ProbabilityFlow`. A Discrete schedule has a kink in t at every level: take "half_logsnr".
+        variable: what is integrated over, see `ProbabilityFlow`. A Discrete schedule has a kink in t at every level: take "half_logsnr" or "angle".
         start: first time; the schedule's own if None.
         stop: last time; the schedule's own if None.
         options: torchdiffeq's, by name, e.g. {"first_step": 0.01}; methods of fixed steps want {"step_size": ...} in the variable. Adaptive
             methods get step_t, without which they step past the stop.
         max_nfe: calls after which to give up.
+        grad: keep the gradient graph of all steps, with respect to x and what the model depends on.
 
     Returns:
         The solution; nfe, rejected and times are the same for all samples.
@@ -239,8 +267,9 @@ def odeint(
     whole("max_nfe", max_nfe, 1, 10**9)
     positive(rtol=rtol, atol=atol)
     options = _by_name(options, {"first_step": 0.01})
-    state = started(x)
-    warn_of_training(as_model(model))
+    state = started(x, flag("grad", grad))
+    if not grad:
+        warn_of_training(as_model(model))
     flow = ProbabilityFlow(model, schedule, variable, state.input_dtype)
     ends = ends_of(schedule, start, stop)
     if x.numel() == 0 or ends[0] == ends[1]:
@@ -278,7 +307,7 @@ def odeint(
     elif fixed:
         flow.callback_step = accept  # type: ignore[attr-defined]
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.set_grad_enabled(grad), warnings.catch_warnings():
             warnings.filterwarnings(
                 "error", message=".*Unexpected arguments|The following arguments have no effect"
             )

@@ -220,17 +220,17 @@ def execute(
     reuse = callback is None and not grad
     last_draw = last_use(plan.c)
     late = _is_read_late(x)
-    norms, called = [_norm(x)] if late else [], []
+    norms, made = [_norm(x)] if late else [], []
     unit = _unit(plan) if progress else ""
     for i in tqdm(range(state.call, stop), disable=not progress, initial=state.call, total=stop, unit=unit):
         row, deviation = rows[i], None
         if source is not None and (last_draw[i] >= i or row.variance):
             draws[i] = drawn(source, i, x)
         if row.is_called:
-            m, second = _call(plan, model, row, x, i, state.input_dtype or x.dtype, grad)
+            m, second = called(plan, model, row, x, i, state.input_dtype or x.dtype, grad)
             if late:
                 norms.append(_norm(m.detach()))
-                called.append(i)
+                made.append(i)
             if row.variance and second is not None:
                 if late:
                     norms[-1] = torch.maximum(norms[-1], _norm(second.detach()))
@@ -257,7 +257,7 @@ def execute(
             callback(State(x, i + 1, dict(outputs), dict(draws), state.input_dtype, plan.place(i + 1)))
     if norms and not torch.stack(norms).isfinite().all():  # the one read-back
         first = next(k for k, norm in enumerate(norms) if not norm.isfinite().all())
-        call = called[max(first - 1, 0)] if called else state.call
+        call = made[max(first - 1, 0)] if made else state.call
         raise _non_finite(plan, call, norms[first], state_was_finite=first > 0)
     return x
 
@@ -292,7 +292,7 @@ def _non_finite(plan: Plan, call: int, norms: Tensor, state_was_finite: bool) ->
     )
 
 
-def _call(
+def called(
     plan: Plan, model: Model, row: Row, x: Tensor, call: int, dtype: torch.dtype, grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """One network call, its contract checked: the prediction, and the second output if the model has one."""

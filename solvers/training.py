@@ -1,10 +1,180 @@
-"""Losses for a network's second output: the second moments of Extended-Analytic-DPM."""
+"""Losses: denoising score matching of order 1, 2 and 3, its weights and times; second outputs of Extended-Analytic-DPM."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+from solvers.arguments import choice, positive, whole
+from solvers.grids import logsnr
+from solvers.jacobian import Divergence, exact, inner, products
 from solvers.noise import noised
-from solvers.predictions import Model, conversion, mixture, outputs_at
+from solvers.predictions import AnyModel, Model, conversion, mixture, outputs_at, predictor
 from solvers.schedules import Schedule, float64
+
+WEIGHTS = ("noise", "data", "velocity", "likelihood", "min_snr")
+
+
+def dsm_loss(model: AnyModel, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Denoising score matching: ||eps - eps^(x_t, t)||^2 / d, whose minimiser is E[eps | x_t].
+
+    Source: Vincent 2011 (doi 10.1162/NECO_a_00142); Ho et al. 2020 (arXiv 2006.11239), eq. 14.
+
+    Args:
+        model: the network, asked as `run` asks it: a noise prediction (x, t) -> eps^, or a Model of any other prediction.
+        schedule: noise schedule.
+        x0: data, [B, ...].
+        t: times, [] or [B], with sigma > 0; in float64 where the model's label needs their digits, as `Discrete.step` does.
+        noise: eps, standard normals, [B, ...].
+
+    Returns:
+        The loss of each sample, [B]; `loss_weight` and `importance_times` say what to make of it.
+
+    Raises:
+        ValueError: shapes do not fit, or the prediction does not determine the noise at some t.
+    """
+    x = noised(x0, schedule, t, noise)
+    return _mean_square(noise - predictor(model, schedule, "noise")(x, float64(t)))
+
+
+class DSM(NamedTuple):
+    """The losses of one batch, each [B]; see `dsm_losses`."""
+
+    first: Tensor
+    second: Tensor
+    trace: Tensor
+    third: Tensor | None
+
+
+def dsm_losses(
+    model: AnyModel,
+    schedule: Schedule,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    order: int = 3,
+    divergence: Divergence | None = None,
+) -> DSM:
+    """Denoising score matching of orders 1 to 3, which bound the KL divergence of the ODE's density where order 1 alone does not.
+
+    With the score s = -eps^ / sigma of the network, its Jacobian S and e = eps - eps^, held constant like S where it is not the matched term:
+
+        first:  ||e||^2 / d
+        second: ||sigma^2 S + 1 - e e^T||_F^2 / d^2
+        trace:  (sigma^2 tr S + d - ||e||^2)^2 / d^2
+        third:  ||sigma^3 grad tr S + ||e||^2 e - (sigma^2 tr S + d) e - 2 (sigma^2 S + 1) e||^2 / d^3
+
+    For the exact score their minimisers are its first, second and third derivatives; an error of eps^ enters the second by its square.
+    With `hutchinson` second, trace and third are those of v^T S and v^T S v, in the mean over directions v. A sum of them trains a network, e.g.
+    first + second + trace + third (the source's for images), first + 0.5 (second + trace) + 0.1 third.
+    Source: Lu et al. 2022 (arXiv 2206.08265), theorems 3.1 to 3.3 and appendix; the scaling by powers of d is its code's.
+
+    Args:
+        model: as for `dsm_loss`; twice differentiable for order 2, three times for order 3 (no ReLU).
+        schedule: noise schedule.
+        x0: data, [B, ...].
+        t: times, [] or [B], as for `dsm_loss`.
+        noise: eps, standard normals, [B, ...].
+        order: 2, without third, or 3.
+        divergence: `exact()` for all unit vectors, which is the default, or `hutchinson(...)`, whose noise must change from step to step.
+
+    Raises:
+        ValueError: as `dsm_loss`, or no gradient flows through the model.
+    """
+    whole("order", order, 2, 3)
+    with torch.enable_grad():
+        x = noised(x0, schedule, t, noise).detach().requires_grad_()
+        v = (divergence or exact()).directions(x)
+        sigma = schedule.sigma(float64(t).reshape(-1)).to(x).expand(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+        eps = predictor(model, schedule, "noise")(x, float64(t))
+        e = (noise - eps).detach()
+        groups = [_higher(eps, e, x, sigma, group, order) for group in v]
+    d = x[0].numel()
+    second, trace, third = (
+        torch.stack(terms).mean(0) / d**power
+        for terms, power in zip(zip(*groups, strict=True), (2, 2, 3), strict=True)
+    )
+    return DSM(_mean_square(noise - eps), second, trace, third if order == 3 else None)
+
+
+def _higher(
+    eps: Tensor, e: Tensor, x: Tensor, sigma: Tensor, v: Tensor, order: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The residuals of second, trace and third along directions v [D, B, ...], squared, each [B]."""
+    row = -sigma * products(eps, x, v, grad=True)  # sigma^2 v^T S
+    along = inner(v, e, x)  # [D, B]
+    trace, length, ee = inner(row, v, x).sum(0), inner(v, v, x).sum(0), along.square().sum(0)
+    wide = along.reshape(*along.shape, *sigma.shape[1:])
+    difference = row + v - wide * e
+    second = inner(difference, difference, x).sum(0)
+    third = torch.zeros_like(second)
+    if order == 3:
+        (slope,) = torch.autograd.grad(trace.sum(), x, create_graph=True, materialize_grads=True)
+        scalar = (ee - trace.detach() - length).reshape(sigma.shape)
+        residual = sigma * slope + scalar * e - 2 * (wide * (row.detach() + v)).sum(0)
+        third = inner(residual, residual, x)
+    return second, (trace + length - ee).square(), third
+
+
+def loss_weight(schedule: Schedule, t: Tensor, weight: str = "likelihood", gamma: float = 5.0) -> Tensor:
+    """By what `dsm_loss` at times t is multiplied for one of the field's losses, [B].
+
+    "noise" 1; "data" makes it the loss of x_0, rho^2; "velocity" that of alpha eps - sigma x_0, (alpha + sigma rho)^2; "likelihood" -dlambda/dt =
+    g^2 / (2 sigma^2), which bounds the log-likelihood when t is uniform; "min_snr" min(SNR, gamma) / SNR.
+    Source: likelihood: Song et al. 2021 (arXiv 2101.09258), theorem 1; min_snr: Hang et al. 2023 (arXiv 2303.09556), eq. 9.
+
+    Args:
+        schedule: noise schedule.
+        t: times, [] or [B].
+        weight: "noise" | "data" | "velocity" | "likelihood" | "min_snr".
+        gamma: of "min_snr".
+    """
+    choice("weight", weight, WEIGHTS, {"simple": "noise", "x0": "data", "snr": "data", "v": "velocity"})
+    positive(gamma=gamma)
+    t = float64(t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    match weight:
+        case "noise":
+            return torch.ones_like(t)
+        case "data":
+            return (sigma / alpha) ** 2
+        case "velocity":
+            return ((alpha**2 + sigma**2) / alpha) ** 2
+        case "min_snr":
+            return (gamma * (sigma / alpha) ** 2).clamp(max=1.0)
+    with torch.inference_mode(False), torch.enable_grad():
+        here = t.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(schedule.half_logsnr(here).sum(), here)
+    return -slope
+
+
+def importance_times(
+    schedule: Schedule, uniforms: Tensor, start: float | None = None, stop: float | None = None
+) -> tuple[Tensor, float]:
+    """Times at which likelihood weighting is a constant, uniform in log-SNR, and that constant: the length of the half log-SNR.
+
+    constant * d * `dsm_loss` at these times has the mean int E ||eps - eps^||^2 dlambda, the negative evidence bound up to what does not
+    depend on the network. For VP they are the times of the source's importance sampling.
+    Source: Song et al. 2021 (arXiv 2101.09258), section 5.1; Kingma et al. 2021 (arXiv 2107.00630), section 5.
+
+    Args:
+        schedule: noise schedule.
+        uniforms: numbers in [0, 1], [B], e.g. torch.rand(B), or evenly spread: (torch.arange(B) + torch.rand(1)) / B.
+        start: first time, of the least log-SNR; the schedule's own if None.
+        stop: last time; the schedule's own if None.
+
+    Returns:
+        (times [B] float64, constant).
+
+    Raises:
+        ValueError: numbers outside [0, 1], or half log-SNR infinite at an end.
+    """
+    u = float64(uniforms)
+    if not ((u >= 0) & (u <= 1)).all():
+        raise ValueError(f"uniforms = {uniforms!s:.100}: expected numbers in [0, 1], e.g. torch.rand(64)")
+    ends = logsnr(schedule, 1, start=start, stop=stop)
+    low, high = schedule.half_logsnr(ends).tolist()
+    return schedule.time(low + (high - low) * u).clamp(ends[1].item(), ends[0].item()), high - low
 
 
 def sn_loss(model: Model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ ADAMS = ["explicit_adams", "implicit_adams", "fixed_adams"]
 def crossed(names):
     """Each name with each variable; by default with one of them, in turn."""
     return [
-        pytest.param(name, v, marks=[pytest.mark.slow] * (i % 3 != j))
+        pytest.param(name, v, marks=[pytest.mark.slow] * (i % len(VARIABLES) != j))
         for i, name in enumerate(names)
         for j, v in enumerate(VARIABLES)
     ]
@@ -409,6 +409,7 @@ def test_drift_and_diffusion_are_the_closed_forms(eta):
         "t": (drift, eta * beta),
         "half_logsnr": (sigma**2 * x - (1 + eta) * sigma * noise, eta * 2 * sigma**2),
         "sigma": (-(1 + eta) * noise, eta * 2 * sigma / alpha),
+        "angle": (sigma / alpha * x - (1 + eta) / alpha * noise, eta * 2 * sigma / alpha),
     }
     assert_close(expected["half_logsnr"][0], drift * speed, rtol=1e-10, atol=1e-12)
     for variable in VARIABLES:
@@ -501,7 +502,7 @@ def gaussian_model(x, t):
     return sigma * (x - 0.4 * alpha) / (0.3 * alpha**2 + sigma**2)
 
 
-ENOUGH = {"t": 120, "half_logsnr": 120, "sigma": 240}
+ENOUGH = {"t": 120, "half_logsnr": 120, "sigma": 240, "angle": 240}
 KINDS = {
     "euler": {},
     "milstein": {},

@@ -1,0 +1,385 @@
+"""Log-densities by the probability-flow ODE, bits per dimension; from data to latents and back."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from solvers.arguments import flag, increasing, whole
+from solvers.blackbox import odeint
+from solvers.control import Solution
+from solvers.decoder import Decoder, gaussian
+from solvers.jacobian import Divergence, exact, inner, with_products
+from solvers.methods.exponential import Levels
+from solvers.noise import Noise, as_source, noised
+from solvers.plan import Plan
+from solvers.predictions import AnyModel, Model, as_model, predictor, two_outputs
+from solvers.run import drawn, run, started, warn_of_training
+from solvers.schedules import Inversion, Schedule
+
+Solver = Plan | Callable[..., Solution]
+DOPRI5 = functools.partial(odeint, variable="angle")
+
+
+@dataclass(frozen=True, eq=False)
+class LogLikelihood:
+    """A log-density in its terms, in nats, float64; entry i of each is of sample i.
+
+    Attributes:
+        prior: log-density of the latent, [B].
+        volume: log |det dz/dx| of the map from x to its latent z, [B].
+        reconstruction: log p(x_0 | x_stop), [B]; 0 where x is at `stop` itself.
+        entropy: -log q(x_stop | x_0), [B]; 0 where x is at `stop` itself.
+        standard_error: of volume, over the probes of `hutchinson`, [B]; 0 if exact, NaN of a single probe.
+        latent: z, [B, ...].
+        nfe: model calls of each sample, [B].
+    """
+
+    prior: Tensor
+    volume: Tensor
+    reconstruction: Tensor
+    entropy: Tensor
+    standard_error: Tensor
+    latent: Tensor
+    nfe: Tensor
+
+    @property
+    def log_p(self) -> Tensor:
+        """The sum of the four terms, [B]."""
+        return self.prior + self.volume + self.reconstruction + self.entropy
+
+    def __repr__(self) -> str:
+        count, mean = len(self.prior), self.log_p.detach().mean()
+        return f"LogLikelihood({count} samples, {mean:.6g} nats on average; nfe: {int(self.nfe.sum()) / max(count, 1):g})"
+
+
+def log_likelihood(
+    model: AnyModel,
+    schedule: Schedule,
+    x: Tensor,
+    divergence: Divergence | None = None,
+    solver: Solver = DOPRI5,
+    *,
+    noise: Noise | None = None,
+    decoder: Decoder | None = None,
+    prior: Callable[[Tensor], Tensor] | None = None,
+    start: float | None = None,
+    stop: float | None = None,
+    grad: bool = False,
+) -> LogLikelihood:
+    """The log-density that the probability-flow ODE gives to x: log p(x) = log prior(z) + log |det dz/dx|, z the latent of x.
+
+    Along the ODE d log |det dw/dx| / dtheta is the divergence of dw/dtheta, w = x / n, n = sqrt(alpha^2 + sigma^2), theta = arctan(sigma /
+    alpha): there the linear part is in n, exactly. It is integrated as one more element of x for each probe, by any solver of this library.
+    Of a plan with the `exact` divergence the answer is the plan's own: its Jacobian goes through its rows, so that exp(log_p) has integral 1
+    for any number of steps, and is the density of what the inverse map makes of the prior.
+    Source: Chen et al. 2018 (arXiv 1806.07366), theorem 1; Song et al. 2021 (arXiv 2011.13456), appendix D.2; bound: Lu et al. 2022 (arXiv
+    2206.08265), section 6.
+
+    Args:
+        model: as for `run`; the network must let gradients through, and treat each sample by itself.
+        schedule: noise schedule.
+        x: states at `stop`, [B, ...]; with `noise` the data themselves. float32 or float64.
+        divergence: `exact()`, which is the default, or `hutchinson(probes, distribution)`.
+        solver: (model, schedule, x, start=, stop=) -> Solution, asked for the `Inversion` of the schedule: functools.partial(sv.odeint, rtol=1e-8,
+            atol=1e-8, variable="angle"), sv.adaptive, ...; by default `odeint` in the angle with tolerance 1e-5. Or a plan for sv.Inversion(schedule).
+        noise: None for the density of the states at `stop`. A noise source, a torch.Generator or an int seed draws x_stop = alpha x + sigma eps, and the
+            terms reconstruction and entropy make log_p a lower bound, in the mean, of the log-density of the data, which have none at sigma > 0.
+        decoder: p(x_0 | x_stop), with `noise` alone.
+        prior: log-density of latents, [B, ...] -> [B]; by default N(0, sigma(start)^2), which `sample` starts from.
+        start: time of the latent; the schedule's own if None, or the plan's.
+        stop: time of x; the schedule's own if None, or the plan's.
+        grad: keep the gradient graph, with respect to x and the network's parameters; the solver must take grad=True, as `odeint` and plans do.
+
+    Returns:
+        The terms, their sum `log_p` in nats, and the standard error over the probes.
+
+    Raises:
+        TypeError: x is in half precision, where a density would lose its digits.
+        ValueError: no gradient flows through the network; more elements than `exact` takes; a plan that is not for the `Inversion`.
+    """
+    divergence, model, inverse = divergence or exact(), as_model(model), Inversion(schedule)
+    first, last = _ends(schedule, solver, start, stop)
+    if isinstance(solver, Plan):
+        _check_plan(solver, divergence)
+    if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"x has dtype {x.dtype}, in which a density has no digits: pass x.float(), and let the network cast it"
+        )
+    if not flag("grad", grad):
+        warn_of_training(model)
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        state = started(x, grad).x
+        nothing = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        reconstruction, entropy = nothing, nothing
+        if len(x) == 0:
+            return LogLikelihood(nothing, nothing, nothing, nothing, nothing, state, nothing.long())
+        if noise is not None:
+            eps = drawn(as_source(noise, len(x)), 0, state)
+            state, data = noised(state, schedule, last, eps), state
+            at = _level(schedule, last)
+            mean = predictor(model, schedule, "data")(state, at.times)
+            reconstruction = (decoder or Decoder()).log_p(data, mean, float(at.sigma / at.alpha))
+            entropy = d_log(state, at.sigma) - gaussian(eps)
+        directions = divergence.directions(state)
+        if isinstance(solver, Plan) and divergence.is_exact:
+            latent, volume, nfe = _of_plan(model, solver, state, directions[0], grad)
+        else:
+            latent, volume, nfe = _of_ode(model, inverse, solver, state, directions, (last, first), grad)
+        deviation = _level(schedule, first).sigma
+        density = (
+            prior(latent) if prior else gaussian(latent / deviation.to(latent)) - d_log(latent, deviation)
+        )
+    return LogLikelihood(
+        density.double(),
+        volume.mean(0),
+        reconstruction,
+        entropy,
+        divergence.standard_error(volume.detach()),
+        latent,
+        nfe,
+    )
+
+
+def _of_plan(model: Model, plan: Plan, x: Tensor, unit: Tensor, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The latent, log |det| of a plan's map [1, B], and calls: its rows carry x and the d tangents of x, [B, 1 + d, ...], as they would x."""
+
+    def prediction(x: Tensor, label: Tensor) -> Tensor:
+        m = model.net(x, label)
+        return m if model.variance is None else two_outputs(m, x, "a likelihood")[0]
+
+    def net(states: Tensor, label: Tensor) -> Tensor:
+        m, jacobian = with_products(lambda x: prediction(x, label), states[:, 0], unit, grad)
+        tangents = torch.einsum("kbi,bji->bjk", _rows(jacobian, 2), _rows(states[:, 1:], 2))
+        return torch.cat([m[:, None], tangents.reshape(states[:, 1:].shape)], 1)
+
+    start = torch.cat([x[:, None], unit.transpose(0, 1)], 1)
+    end = run(plan, replace(model, net=net, variance=None), start, grad=grad)
+    volume = torch.linalg.slogdet(_rows(end[:, 1:], 2).double()).logabsdet
+    return end[:, 0], volume[None], torch.full((len(x),), plan.nfe)
+
+
+def _of_ode(
+    model: Model,
+    inverse: Schedule,
+    solver: Solver,
+    x: Tensor,
+    directions: Tensor,
+    ends: tuple[float, float],
+    grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The latent, log |det| along each group of directions [G, B], and calls: each volume, times n, is one more element of x."""
+    velocity, d, times = predictor(model, inverse, "velocity"), x[0].numel(), torch.zeros(0, device="cpu")
+
+    def label(t: Tensor) -> Tensor:
+        """The number of each time, by which the network finds it with all its digits."""
+        nonlocal times
+        times = t
+        return torch.arange(len(t), device="cpu")
+
+    def net(states: Tensor, number: Tensor) -> Tensor:
+        t = times[number.cpu()]
+        here = states[:, :d].reshape(x.shape)
+        v, rows = with_products(lambda x: velocity(x, t), here, directions.flatten(0, 1), grad)
+        traces = inner(rows, directions.flatten(0, 1), x).unflatten(0, directions.shape[:2]).sum(1)
+        n = norm(Levels.at(inverse, t)).to(v)
+        return torch.cat([v.reshape(len(x), -1), (n * traces).T], 1)
+
+    def norm(at: Levels) -> Tensor:
+        return torch.hypot(at.alpha, at.sigma)
+
+    start = torch.cat([x.reshape(len(x), -1), x.new_zeros(len(x), len(directions))], 1)
+    augmented = Model(net, predicts="velocity", label=label)
+    if isinstance(solver, Plan):
+        end, nfe = run(solver, augmented, start, grad=grad), torch.full((len(x),), solver.nfe)
+    else:
+        solution = solver(
+            augmented, inverse, start, start=ends[0], stop=ends[1], **({"grad": True} if grad else {})
+        )
+        end, nfe = solution.x, solution.nfe
+    before, behind = (norm(_level(inverse, t)) for t in ends)
+    volume = end[:, d:].double().T / behind.to(x.device) + d_log(x, behind / before)
+    return end[:, :d].reshape(x.shape), volume, nfe
+
+
+def encode(
+    model: AnyModel,
+    schedule: Schedule,
+    x: Tensor,
+    solver: Solver = DOPRI5,
+    *,
+    start: float | None = None,
+    stop: float | None = None,
+) -> Tensor:
+    """The latent at `start` of states at `stop`, by the probability-flow ODE, [B, ...].
+
+    Args:
+        model: as for `run`.
+        schedule: noise schedule.
+        x: the states at `stop`, [B, ...].
+        solver: as for `log_likelihood`: (model, schedule, x, start=, stop=) -> Solution, or a plan for sv.Inversion(schedule).
+        start: time of the latent; the schedule's own if None, or the plan's.
+        stop: time of x; the schedule's own if None, or the plan's.
+    """
+    first, last = _ends(schedule, solver, start, stop)
+    return _carried(model, Inversion(schedule), x, solver, last, first)
+
+
+def decode(
+    model: AnyModel,
+    schedule: Schedule,
+    z: Tensor,
+    solver: Solver = DOPRI5,
+    *,
+    start: float | None = None,
+    stop: float | None = None,
+) -> Tensor:
+    """The states at `stop` of latents at `start`, [B, ...]; see `encode`. A plan is one for the schedule itself, from noise to data."""
+    first, last = _ends(schedule, solver, start, stop, downwards=True)
+    return _carried(model, schedule, z, solver, first, last)
+
+
+def round_trip_error(
+    model: AnyModel,
+    schedule: Schedule,
+    x: Tensor,
+    solver: Callable[..., Solution] = DOPRI5,
+    *,
+    start: float | None = None,
+    stop: float | None = None,
+) -> Tensor:
+    """The root mean square of decode(encode(x)) - x over the elements of each sample, [B]; arguments as for `encode`, but no plan."""
+    if isinstance(solver, Plan):
+        raise TypeError(
+            "solver is a Plan, which leads one way: compare decode(model, schedule, encode(model, schedule, x, up), down) with x yourself"
+        )
+    there = encode(model, schedule, x, solver, start=start, stop=stop)
+    back = decode(model, schedule, there, solver, start=start, stop=stop)
+    return _rows(back - x, 1).square().mean(1).sqrt()
+
+
+def bits_per_dim(
+    log_p: Tensor, shape: Sequence[int], bins: int | None = None, low: float = -1.0, high: float = 1.0
+) -> Tensor:
+    """Bits per dimension of data of whole numbers 0 .. bins - 1 that were spread over [low, high] as by `dequantized`.
+
+    -log_p / (d log 2) + log2(bins / (high - low)): the offset is 7 for 256 bins on [-1, 1], 8 on [0, 1]. Log-probabilities, as of `Decoder(levels=...)`,
+    have none: bins=1, low=0, high=1.
+    Source: Theis et al. 2016 (arXiv 1511.01844), section 3.1.
+
+    Args:
+        log_p: log-densities in nats, [B].
+        shape: of one sample; d is its number of elements.
+        bins: how many values an element has on [low, high].
+        low: where the first bin begins.
+        high: where the last bin ends.
+
+    Raises:
+        ValueError: no bins: there is no number of bits without them.
+    """
+    if bins is None:
+        raise ValueError(
+            "bins = None: a density has as many bits as its unit of volume says; give the number of bins on [low, high], e.g. bins=256 for pixels 0 .. "
+            "255 spread over [-1, 1]; bins=1, low=0, high=1 for log-probabilities"
+        )
+    whole("bins", bins, 1, 2**32, example=256)
+    increasing(low=low, high=high)
+    d = math.prod(shape)
+    if d < 1:
+        raise ValueError(f"shape = {tuple(shape)}: expected that of one sample, with at least one element")
+    return -log_p / (d * math.log(2)) + math.log2(bins / (high - low))
+
+
+def dequantized(values: Tensor, bins: int, noise: Noise, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """Whole numbers spread evenly over their bins: low + (high - low) (values + U) / bins with U uniform in [0, 1), [B, ...], float32.
+
+    The mean log-density of the result is at most the log-probability of the values less d log((high - low) / bins): `bits_per_dim` is a bound.
+    Source: Theis et al. 2016 (arXiv 1511.01844), section 3.1.
+
+    Args:
+        values: whole numbers 0 .. bins - 1, [B, ...], of any dtype.
+        bins: how many there are.
+        noise: a noise source, a torch.Generator, or an int seed.
+        low: where the first bin begins.
+        high: where the last bin ends.
+
+    Raises:
+        ValueError: a value that is no whole number, or outside 0 .. bins - 1.
+    """
+    whole("bins", bins, 1, 2**32, example=256)
+    increasing(low=low, high=high)
+    exactly = values.double()
+    bad = ~((exactly >= 0) & (exactly < bins) & (exactly == exactly.round()))
+    if bad.any():
+        raise ValueError(
+            f"values has {exactly[bad][0]:g}: expected whole numbers from 0 to bins - 1 = {bins - 1}"
+        )
+    uniform = torch.special.ndtr(drawn(as_source(noise, len(values)), 0, exactly))
+    return (low + (high - low) * (exactly + uniform) / bins).float()
+
+
+def d_log(x: Tensor, factor: Tensor) -> Tensor:
+    """The logarithm of the volume by which a factor stretches samples like those of x: d log(factor)."""
+    return x[0].numel() * torch.log(factor).to(x.device)
+
+
+def _carried(
+    model: AnyModel, schedule: Schedule, x: Tensor, solver: Solver, start: float, stop: float
+) -> Tensor:
+    if isinstance(solver, Plan):
+        return run(solver, model, x)
+    return solver(model, schedule, x, start=start, stop=stop).x
+
+
+def _ends(
+    schedule: Schedule, solver: Solver, start: float | None, stop: float | None, downwards: bool = False
+) -> tuple[float, float]:
+    """The times of the latent and of the data, once a plan is known to lead from one to the other."""
+    if not isinstance(solver, Plan):
+        if not callable(solver):
+            raise TypeError(
+                f"solver = {solver!r:.100}: expected (model, schedule, x, start=, stop=) -> Solution, e.g. functools.partial(sv.odeint, rtol=1e-8, "
+                "atol=1e-8, variable='angle'), or a plan for sv.Inversion(schedule)"
+            )
+        return schedule.start if start is None else start, schedule.stop if stop is None else stop
+    if not (start is None and stop is None):
+        raise ValueError(
+            "start and stop are the plan's own: leave them out, or build the plan on other times"
+        )
+    ends = solver.times[[0, -1]].tolist()
+    if solver.is_stochastic or (ends[0] > ends[1]) != downwards:
+        kind = "stochastic" if solver.is_stochastic else f"from t = {ends[0]:g} to {ends[1]:g}"
+        expected = (
+            "the schedule, from noise to data"
+            if downwards
+            else "the inversion: method(sv.Inversion(schedule), sv.logsnr(sv.Inversion(schedule), steps))"
+        )
+        raise ValueError(f"the plan is {kind}: expected a deterministic one for {expected}")
+    for name in ("alpha", "sigma"):
+        if not torch.allclose(
+            getattr(schedule, name)(solver.times), getattr(solver, name), rtol=1e-6, atol=1e-9
+        ):
+            raise ValueError(
+                f"the plan's {name} is not that of {schedule!r:.100} at its times: give the schedule that it was built with"
+            )
+    return (ends[0], ends[1]) if downwards else (ends[1], ends[0])
+
+
+def _check_plan(plan: Plan, divergence: Divergence) -> None:
+    """Rows with a constant do not carry tangents as they carry x, nor those of single elements a volume."""
+    if plan.shift.numel() or (plan.element_shape and not divergence.is_exact):
+        raise ValueError(
+            "the plan's coefficients are per element, or add a constant: expected one of numbers alone, which carries volumes as it carries x"
+        )
+
+
+def _level(schedule: Schedule, t: float) -> Levels:
+    return Levels.at(schedule, torch.tensor(float(t), dtype=torch.float64, device="cpu"))
+
+
+def _rows(x: Tensor, first: int) -> Tensor:
+    """All dimensions from `first` on as one, which may be none."""
+    return x.reshape(*x.shape[:first], -1)
