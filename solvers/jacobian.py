@@ -48,7 +48,7 @@ class Divergence:
     def directions(self, x: Tensor) -> Tensor:
         """Directions v in G groups, [G, D, B, ...], such that in each group sum v v^T is the identity, or is so in the mean.
 
-        One group of the d unit vectors if exact; else a group of one for each probe.
+        One group of the d unit vectors if exact, with B = 1, as they are the same for all samples; else a group of one for each probe.
         """
         d = x[0].numel() if len(x) else 0
         if self.is_exact:
@@ -58,7 +58,7 @@ class Divergence:
                     f"{self.limit}: take divergence=hutchinson(), or exact(limit={d})"
                 )
             unit = torch.eye(d, dtype=x.dtype, device=x.device)
-            return unit.reshape(1, d, 1, *x.shape[1:]).expand(1, d, *x.shape)
+            return unit.reshape(1, d, 1, *x.shape[1:])
         source = as_source(self.noise, len(x))
         normals = torch.stack([source(probe, x) for probe in range(self.probes)])[:, None]
         if self.distribution == "gaussian":
@@ -113,7 +113,7 @@ def with_products(
 
 
 def products(y: Tensor, x: Tensor, directions: Tensor, grad: bool) -> Tensor:
-    """v^T dy/dx for directions v [D, B, ...] of samples that do not mix, of the same shape; `grad` keeps their own graph.
+    """v^T dy/dx [D, B, ...] for directions v [D, B or 1, ...] of samples that do not mix; `grad` keeps their own graph.
 
     Raises:
         ValueError: the network was run where it leaves no gradient.
@@ -124,7 +124,9 @@ def products(y: Tensor, x: Tensor, directions: Tensor, grad: bool) -> Tensor:
         )
     return torch.stack(
         [
-            torch.autograd.grad(y, x, v, retain_graph=True, create_graph=grad, materialize_grads=True)[0]
+            torch.autograd.grad(
+                y, x, v.expand_as(y), retain_graph=True, create_graph=grad, materialize_grads=True
+            )[0]
             for v in directions
         ]
     )

@@ -156,10 +156,10 @@ def _of_plan(model: Model, plan: Plan, x: Tensor, unit: Tensor, grad: bool) -> t
         tangents = torch.einsum("kbi,bji->bjk", _rows(jacobian, 2), _rows(states[:, 1:], 2))
         return torch.cat([m[:, None], tangents.reshape(states[:, 1:].shape)], 1)
 
-    start = torch.cat([x[:, None], unit.transpose(0, 1)], 1)
+    start = torch.cat([x[:, None], unit.transpose(0, 1).expand(len(x), *unit.shape[:1], *x.shape[1:])], 1)
     end = run(plan, replace(model, net=net, variance=None), start, grad=grad)
     volume = torch.linalg.slogdet(_rows(end[:, 1:], 2).double()).logabsdet
-    return end[:, 0], volume[None], torch.full((len(x),), plan.nfe)
+    return end[:, 0], volume[None], torch.full((len(x),), plan.nfe, device="cpu")
 
 
 def _of_ode(
@@ -182,19 +182,24 @@ def _of_ode(
 
     def net(states: Tensor, number: Tensor) -> Tensor:
         t = times[number.cpu()]
-        here = states[:, :d].reshape(x.shape)
-        v, rows = with_products(lambda x: velocity(x, t), here, directions.flatten(0, 1), grad)
-        traces = inner(rows, directions.flatten(0, 1), x).unflatten(0, directions.shape[:2]).sum(1)
+        if directions.shape[2] not in (1, len(states)):
+            raise ValueError(
+                f"the solver asks for {len(states)} of {len(x)} samples, but every sample has directions of its own: let all take the same steps, e.g. "
+                "functools.partial(sv.adaptive, coupled=True), or take exact()"
+            )
+        here, along = states[:, :d].reshape(-1, *x.shape[1:]), directions.flatten(0, 1)
+        v, rows = with_products(lambda x: velocity(x, t), here, along, grad)
+        traces = inner(rows, along, x).unflatten(0, directions.shape[:2]).sum(1)
         n = norm(Levels.at(inverse, t)).to(v)
-        return torch.cat([v.reshape(len(x), -1), (n * traces).T], 1)
+        return torch.cat([_rows(v, 1), (n * traces).T], 1)
 
     def norm(at: Levels) -> Tensor:
         return torch.hypot(at.alpha, at.sigma)
 
-    start = torch.cat([x.reshape(len(x), -1), x.new_zeros(len(x), len(directions))], 1)
+    start = torch.cat([_rows(x, 1), x.new_zeros(len(x), len(directions))], 1)
     augmented = Model(net, predicts="velocity", label=label)
     if isinstance(solver, Plan):
-        end, nfe = run(solver, augmented, start, grad=grad), torch.full((len(x),), solver.nfe)
+        end, nfe = run(solver, augmented, start, grad=grad), torch.full((len(x),), solver.nfe, device="cpu")
     else:
         solution = solver(
             augmented, inverse, start, start=ends[0], stop=ends[1], **({"grad": True} if grad else {})
