@@ -118,8 +118,9 @@ class Discrete:
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For each t its fraction within a segment, and log alpha at both ends of the segment."""
         right = torch.searchsorted(self._t, t.contiguous()).clamp(1, self.levels)
-        fraction = (t * self.levels - (right - 1)).clamp(0, 1)
-        return fraction, self._log_alpha[right - 1], self._log_alpha[right]
+        fraction = t * self.levels - (right - 1)
+        rounding = (fraction.clamp(0, 1) - fraction).detach()  # which must not take the slope away
+        return fraction + rounding, self._log_alpha[right - 1], self._log_alpha[right]
 
     def _factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(line, rest) of alpha = exp(line) rest; rest is 1 but into a last level of zero SNR, where it is linear."""

@@ -50,7 +50,7 @@ class Divergence:
 
         One group of the d unit vectors if exact, with B = 1, as they are the same for all samples; else a group of one for each probe.
         """
-        d = x[0].numel() if len(x) else 0
+        d = math.prod(x.shape[1:])
         if self.is_exact:
             if d > self.limit:
                 raise ValueError(
@@ -64,6 +64,13 @@ class Divergence:
         if self.distribution == "gaussian":
             return normals
         return torch.where(normals < 0, -1.0, 1.0).to(x)
+
+
+def as_divergence(divergence: Divergence | None) -> Divergence:
+    """A divergence as it is, or the exact one for None."""
+    if not isinstance(divergence, Divergence | None):
+        raise TypeError(f"divergence = {divergence!r:.100}: expected exact() or hutchinson(probes=1)")
+    return divergence or exact()
 
 
 def exact(limit: int = LIMIT) -> Divergence:

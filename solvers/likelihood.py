@@ -12,7 +12,7 @@ from solvers.arguments import flag, increasing, whole
 from solvers.blackbox import odeint
 from solvers.control import Solution
 from solvers.decoder import Decoder, gaussian
-from solvers.jacobian import Divergence, exact, inner, with_products
+from solvers.jacobian import Divergence, as_divergence, inner, with_products
 from solvers.methods.exponential import Levels
 from solvers.noise import Noise, as_source, noised
 from solvers.plan import Plan
@@ -101,7 +101,7 @@ def log_likelihood(
         TypeError: x is in half precision, where a density would lose its digits.
         ValueError: no gradient flows through the network; more elements than `exact` takes; a plan that is not for the `Inversion`.
     """
-    divergence, model, inverse = divergence or exact(), as_model(model), Inversion(schedule)
+    divergence, model, inverse = as_divergence(divergence), as_model(model), Inversion(schedule)
     first, last = _ends(schedule, solver, start, stop)
     if isinstance(solver, Plan):
         _check_plan(solver, divergence)

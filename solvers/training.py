@@ -1,5 +1,6 @@
 """Losses: denoising score matching of order 1, 2 and 3, its weights and times; second outputs of Extended-Analytic-DPM."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from solvers.arguments import choice, positive, whole
 from solvers.grids import logsnr
-from solvers.jacobian import Divergence, exact, inner, products
+from solvers.jacobian import Divergence, as_divergence, inner, products
 from solvers.noise import noised
 from solvers.predictions import AnyModel, Model, conversion, mixture, outputs_at, predictor
 from solvers.schedules import Schedule, float64
@@ -62,10 +63,11 @@ def dsm_losses(
         first:  ||e||^2 / d
         second: ||sigma^2 S + 1 - e e^T||_F^2 / d^2
         trace:  (sigma^2 tr S + d - ||e||^2)^2 / d^2
-        third:  ||sigma^3 grad tr S + ||e||^2 e - (sigma^2 tr S + d) e - 2 (sigma^2 S + 1) e||^2 / d^3
+        third:  ||sigma^3 grad tr S + ||e||^2 e - (sigma^2 tr S + d) e - 2 (sigma^2 S^T + 1) e||^2 / d^3
 
     For the exact score their minimisers are its first, second and third derivatives; an error of eps^ enters the second by its square.
-    With `hutchinson` second, trace and third are those of v^T S and v^T S v, in the mean over directions v. A sum of them trains a network, e.g.
+    With `hutchinson` second, trace and third are those of v^T S and v^T S v, in the mean over directions v. (The source has S v, and S in the
+    third; of a score S is symmetric.) A sum of them trains a network, e.g.
     first + second + trace + third (the source's for images), first + 0.5 (second + trace) + 0.1 third.
     Source: Lu et al. 2022 (arXiv 2206.08265), theorems 3.1 to 3.3 and appendix; the scaling by powers of d is its code's.
 
@@ -84,12 +86,12 @@ def dsm_losses(
     whole("order", order, 2, 3)
     with torch.enable_grad():
         x = noised(x0, schedule, t, noise).detach().requires_grad_()
-        v = (divergence or exact()).directions(x)
+        v = as_divergence(divergence).directions(x)
         sigma = schedule.sigma(float64(t).reshape(-1)).to(x).expand(len(x)).reshape(-1, *[1] * (x.ndim - 1))
         eps = predictor(model, schedule, "noise")(x, float64(t))
         e = (noise - eps).detach()
         groups = [_higher(eps, e, x, sigma, group, order) for group in v]
-    d = x[0].numel()
+    d = math.prod(x.shape[1:])
     second, trace, third = (
         torch.stack(terms).mean(0) / d**power
         for terms, power in zip(zip(*groups, strict=True), (2, 2, 3), strict=True)
@@ -109,7 +111,8 @@ def _higher(
     second = inner(difference, difference, x).sum(0)
     third = torch.zeros_like(second)
     if order == 3:
-        (slope,) = torch.autograd.grad(trace.sum(), x, create_graph=True, materialize_grads=True)
+        total = trace.sum() + 0 * x.sum()  # of a linear network the trace is a constant
+        (slope,) = torch.autograd.grad(total, x, create_graph=True)
         scalar = (ee - trace.detach() - length).reshape(sigma.shape)
         residual = sigma * slope + scalar * e - 2 * (wide * (row.detach() + v)).sum(0)
         third = inner(residual, residual, x)
@@ -117,7 +120,7 @@ def _higher(
 
 
 def loss_weight(schedule: Schedule, t: Tensor, weight: str = "likelihood", gamma: float = 5.0) -> Tensor:
-    """By what `dsm_loss` at times t is multiplied for one of the field's losses, [B].
+    """By what `dsm_loss` at times t is multiplied for one of the field's losses, [] or [B] like t.
 
     "noise" 1; "data" makes it the loss of x_0, rho^2; "velocity" that of alpha eps - sigma x_0, (alpha + sigma rho)^2; "likelihood" -dlambda/dt =
     g^2 / (2 sigma^2), which bounds the log-likelihood when t is uniform; "min_snr" min(SNR, gamma) / SNR.
@@ -154,7 +157,8 @@ def importance_times(
     """Times at which likelihood weighting is a constant, uniform in log-SNR, and that constant: the length of the half log-SNR.
 
     constant * d * `dsm_loss` at these times has the mean int E ||eps - eps^||^2 dlambda, the negative evidence bound up to what does not
-    depend on the network. For VP they are the times of the source's importance sampling.
+    depend on the network. For VP they are the times of the source's importance sampling. On a Discrete schedule they fall between the levels: the
+    network reads label=schedule.label.
     Source: Song et al. 2021 (arXiv 2101.09258), section 5.1; Kingma et al. 2021 (arXiv 2107.00630), section 5.
 
     Args:
@@ -173,8 +177,8 @@ def importance_times(
     if not ((u >= 0) & (u <= 1)).all():
         raise ValueError(f"uniforms = {uniforms!s:.100}: expected numbers in [0, 1], e.g. torch.rand(64)")
     ends = logsnr(schedule, 1, start=start, stop=stop)
-    low, high = schedule.half_logsnr(ends).tolist()
-    return schedule.time(low + (high - low) * u).clamp(ends[1].item(), ends[0].item()), high - low
+    low, high = sorted(schedule.half_logsnr(ends).tolist())
+    return schedule.time(low + (high - low) * u).clamp(ends.min().item(), ends.max().item()), high - low
 
 
 def sn_loss(model: Model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -233,4 +237,4 @@ def _asked(
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    return x.square().flatten(1).mean(1)
+    return x.square().reshape(len(x), -1).mean(1)
