@@ -289,6 +289,8 @@ def odeint(
         raise ValueError(
             f"method = {method!r} has fixed steps: give their length, e.g. options={{'step_size': {length / 100:.3g}}} for 100 of them"
         )
+    if grad and adaptive:  # no gradient by the length of steps, which lead to the same end
+        passed.setdefault("norm", lambda y: y.detach().square().mean().sqrt())
     accepted: list[tuple[Tensor, Tensor]] = []
     rejected = 0
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from solvers.arguments import flag, positive, whole
 from solvers.decoder import Decoder
 from solvers.grids import logsnr
+from solvers.jacobian import elements
 from solvers.noise import Noise, as_source, noised
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, as_model, predictor
@@ -98,7 +99,7 @@ def elbo(
         (row,) = rows_of(denoise, model, data)
         mean = combined(row, x, called(denoise, model, row, x, 0, x0.dtype, True)[0], {}, 0, check=False)
         assert mean is not None
-        reconstruction = (decoder or Decoder()).log_p(data, mean, sigma / alpha)
+        reconstruction = (decoder or Decoder()).log_p(data, mean, sigma / alpha if alpha > 0 else math.inf)
         prior = _prior(data, float(plan.alpha[0]), float(plan.sigma[0]), prior_variance)
     return Bound(prior, torch.stack(terms) if terms else prior.new_zeros(0, len(data)), reconstruction)
 
@@ -145,9 +146,16 @@ def continuous_elbo(
     if not flag("grad", grad):
         warn_of_training(model)
     ends = logsnr(schedule, 1, start=start, stop=stop)
+    if ends[0] < ends[1]:
+        raise ValueError(
+            f"schedule = {schedule!r:.100} leads from data to noise: the bound goes from noise to data, give the schedule itself"
+        )
     low, high = schedule.half_logsnr(ends).tolist()
     with torch.set_grad_enabled(grad):
         data = started(x0, grad).x
+        if len(data) == 0:
+            nothing = data.new_zeros(0, dtype=torch.float64)
+            return Bound(nothing, nothing.expand(pieces, 0), nothing)
         source = as_source(noise, len(data))
         terms = []
         for k in range(pieces):
@@ -158,7 +166,7 @@ def continuous_elbo(
             error = eps - predictor(model, schedule, "noise", dtype=x0.dtype)(
                 noised(data, schedule, t, eps), t
             )
-            terms.append((high - low) / pieces * _sum(error.double().square()))
+            terms.append((high - low) / pieces * elements(error.double().square()).sum(1))
         x = noised(data, schedule, ends[1], drawn(source, 2 * pieces, data))
         mean = predictor(model, schedule, "data", dtype=x0.dtype)(x, ends[1])
         alpha, sigma = (torch.stack([f(t) for t in ends]).tolist() for f in (schedule.alpha, schedule.sigma))
@@ -171,8 +179,14 @@ def _steps(plan: Plan) -> int:
     """How many rows lead to a sigma > 0, once all of them are known to be Gaussian steps of a Markov chain from noise to data."""
     last = plan.rows - int(plan.sigma[-1] == 0)
     if plan.turns or plan.times[0] < plan.times[-1] or not plan.is_called.all():
+        upwards = plan.times[0] < plan.times[-1]
+        kind = (
+            "goes from data to noise" if upwards else "goes up and down in noise, or has rows without a call"
+        )
+        raise ValueError(f"the plan {kind}: the bound is of one step after the other from noise to data")
+    if plan.variances.numel() and (plan.c != 0).any():
         raise ValueError(
-            "the plan goes up and down in noise, or has rows without a call: the bound is of one step after the other from noise to data"
+            "the plan's rows have noise of their own besides that which the model's second output scales: expected one of the two"
         )
     if (plan.b[:last, 1:] != 0).any() or (plan.c[:last, 1:] != 0).any():
         raise ValueError(
@@ -217,16 +231,16 @@ def _posterior(plan: Plan, i: int) -> tuple[float, float, float]:
 def _kl(difference: Tensor, of: float, to: Tensor) -> Tensor:
     """KL(N(m, of) || N(m', to)) over all elements of m - m' [B, ...], where `to` may be one for each: [B]."""
     excess = of / to - 1
-    return 0.5 * _sum(excess - torch.log1p(excess) + difference**2 / to)
+    near = excess.abs() < 0.1  # where the two nearly cancel
+    gap = excess - torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.log(of / to))
+    return 0.5 * elements(torch.where(to > 0, gap + difference**2 / to, math.inf)).sum(1)
 
 
 def _prior(x0: Tensor, alpha: float, sigma: float, variance: float | None) -> Tensor:
     """KL(N(alpha x0, sigma^2) || N(0, variance)), [B]."""
     if variance is not None:
         positive(prior_variance=variance)
-    to = torch.tensor(sigma**2 if variance is None else variance, dtype=torch.float64, device=x0.device)
+    to = torch.tensor(
+        sigma**2 if variance is None else float(variance), dtype=torch.float64, device=x0.device
+    )
     return _kl(alpha * x0.double(), sigma**2, to)
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1).sum(1)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import numbers, positive
+from solvers.jacobian import elements
 
-ON_LEVEL = 1e-3  # of the distance of two levels
-FAR = 1e3  # times the range of the levels: where the outermost cells end
+ON_LEVEL = 1e-2  # of the distance of two levels; of 2^16 levels single precision keeps a hundredth
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,35 +52,41 @@ class Decoder:
 
         `level` is sigma / alpha at x_stop.
         """
-        if self.variance is None and level == 0:
+        if self.variance is None and not 0 < level < math.inf:
+            name, left = ("sigma", "is left to decode") if level == 0 else ("alpha", "is known of the data")
             raise ValueError(
-                "sigma = 0 at the stop, where nothing is left to decode: take a stop with sigma > 0, or give Decoder(variance=...)"
+                f"{name} = 0 at x_stop, where nothing {left}: take a stop with {name} > 0, or give Decoder(variance=...)"
             )
         deviation = level if self.variance is None else math.sqrt(self.variance)
         if self.levels is None:
-            return gaussian((x0.double() - mean.double()) / deviation) - x0[0].numel() * math.log(deviation)
+            return gaussian((x0.double() - mean.double()) / deviation) - math.prod(x0.shape[1:]) * math.log(
+                deviation
+            )
         return self._of_cells(x0.double(), mean.double(), deviation)
 
     def _of_cells(self, x0: Tensor, mean: Tensor, deviation: float) -> Tensor:
         assert self.levels is not None
         levels = self.levels.to(x0.device)
-        far = FAR * (levels[-1] - levels[:1])
-        bounds = torch.cat([levels[:1] - far, (levels[1:] + levels[:-1]) / 2, levels[-1:] + far])
-        cell = torch.bucketize(x0.detach(), bounds[1:-1])
+        bounds = (levels[1:] + levels[:-1]) / 2
+        cell = torch.bucketize(x0.detach().contiguous(), bounds)
         off = (x0 - levels[cell]).abs() > ON_LEVEL * levels.diff().min()
         if off.any():
             raise ValueError(
                 f"x0 has a value {x0[off][0]:g} that is none of the {len(levels)} levels from {levels[0]:g} to {levels[-1]:g}: give the data as they are, "
                 "without noise, or leave levels out for a density"
             )
-        low, high = (bounds[cell] - mean) / deviation, (bounds[cell + 1] - mean) / deviation
-        mirrored = low > 0  # both in the upper tail: their differences keep digits in the lower
-        low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
-        above, below = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
-        return (above + torch.log(-torch.expm1(below - above))).reshape(len(x0), -1).sum(1)
+        first, last = cell == 0, cell == len(bounds)
+        low = (bounds[(cell - 1).clamp(min=0)] - mean) / deviation
+        high = (bounds[cell.clamp(max=len(bounds) - 1)] - mean) / deviation
+        mirrored = low + high > 0  # in the upper tail: differences keep digits in the lower
+        below = torch.special.log_ndtr(torch.where(mirrored, -high, low))
+        above = torch.special.log_ndtr(torch.where(mirrored, -low, high))
+        inner = above + torch.log(-torch.expm1(torch.where(first | last, -1.0, below - above)))
+        outer = torch.special.log_ndtr(torch.where(first, high, -low))
+        return elements(torch.where(first | last, outer, inner)).sum(1)
 
 
 def gaussian(z: Tensor) -> Tensor:
     """The log-density of standard normals, over all elements of each z [B, ...]: [B], float64, in nats."""
-    squares = z.double().square().reshape(len(z), -1)
+    squares = elements(z.double().square())
     return -0.5 * (squares.sum(1) + squares.shape[1] * math.log(2 * math.pi))

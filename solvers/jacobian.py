@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from solvers.arguments import choice, whole
-from solvers.noise import Noise, as_source
+from solvers.noise import PROBES, Noise, as_source
+from solvers.predictions import NO_GRADIENT
 
 DISTRIBUTIONS = ("rademacher", "gaussian")
 LIMIT = 1024
@@ -59,7 +61,7 @@ class Divergence:
                 )
             unit = torch.eye(d, dtype=x.dtype, device=x.device)
             return unit.reshape(1, d, 1, *x.shape[1:])
-        source = as_source(self.noise, len(x))
+        source = as_source(self.noise, len(x), PROBES)
         normals = torch.stack([source(probe, x) for probe in range(self.probes)])[:, None]
         if self.distribution == "gaussian":
             return normals
@@ -119,6 +121,26 @@ def with_products(
     return (y, rows) if grad else (y.detach(), rows)
 
 
+def attached(net: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
+    """The network, whose first answer is looked at for a gradient to x; a conversion would hide that it has none."""
+    known = False
+
+    def checked(x: Tensor, label: Tensor) -> Any:
+        nonlocal known
+        answer = net(x, label)
+        m = answer[0] if isinstance(answer, tuple) else answer
+        if not known and isinstance(m, Tensor):
+            if (
+                not m.requires_grad
+                or torch.autograd.grad(m.sum(), x, retain_graph=True, allow_unused=True)[0] is None
+            ):
+                raise ValueError(NO_GRADIENT)
+            known = True
+        return answer
+
+    return checked
+
+
 def products(y: Tensor, x: Tensor, directions: Tensor, grad: bool) -> Tensor:
     """v^T dy/dx [D, B, ...] for directions v [D, B or 1, ...] of samples that do not mix; `grad` keeps their own graph.
 
@@ -126,17 +148,21 @@ def products(y: Tensor, x: Tensor, directions: Tensor, grad: bool) -> Tensor:
         ValueError: the network was run where it leaves no gradient.
     """
     if not y.requires_grad:
-        raise ValueError(
-            "no gradient flows through the model, so its Jacobian is not known: call the network without torch.no_grad() and without detach()"
+        raise ValueError(NO_GRADIENT)
+    rows = []
+    for v in directions:
+        (row,) = torch.autograd.grad(
+            y, x, v.expand_as(y), retain_graph=True, create_graph=grad, allow_unused=True
         )
-    return torch.stack(
-        [
-            torch.autograd.grad(
-                y, x, v.expand_as(y), retain_graph=True, create_graph=grad, materialize_grads=True
-            )[0]
-            for v in directions
-        ]
-    )
+        if row is None:
+            raise ValueError(NO_GRADIENT)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def elements(x: Tensor, first: int = 1) -> Tensor:
+    """All dimensions from `first` on as one, also where there are none."""
+    return x.flatten(first) if x.ndim > first else x[..., None]
 
 
 def inner(u: Tensor, v: Tensor, x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from solvers.arguments import flag, increasing, whole
 from solvers.blackbox import odeint
 from solvers.control import Solution
 from solvers.decoder import Decoder, gaussian
-from solvers.jacobian import Divergence, as_divergence, inner, with_products
+from solvers.jacobian import Divergence, as_divergence, attached, elements, inner, with_products
 from solvers.methods.exponential import Levels
-from solvers.noise import Noise, as_source, noised
+from solvers.noise import BINS, Noise, as_source, noised
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, Model, as_model, predictor, two_outputs
 from solvers.run import drawn, run, started, warn_of_training
@@ -121,6 +121,10 @@ def log_likelihood(
             eps = drawn(as_source(noise, len(x)), 0, state)
             state, data = noised(state, schedule, last, eps), state
             at = _level(schedule, last)
+            if at.sigma == 0:
+                raise ValueError(
+                    f"sigma = 0 at stop = {last:g}: the states there are the data, and need no noise; leave noise out"
+                )
             mean = predictor(model, schedule, "data")(state, at.times)
             reconstruction = (decoder or Decoder()).log_p(data, mean, float(at.sigma / at.alpha))
             entropy = d_log(state, at.sigma) - gaussian(eps)
@@ -133,15 +137,15 @@ def log_likelihood(
         density = (
             prior(latent) if prior else gaussian(latent / deviation.to(latent)) - d_log(latent, deviation)
         )
-    return LogLikelihood(
-        density.double(),
-        volume.mean(0),
-        reconstruction,
-        entropy,
-        divergence.standard_error(volume.detach()),
-        latent,
-        nfe,
-    )
+        return LogLikelihood(
+            density.double(),
+            volume.mean(0),
+            reconstruction,
+            entropy,
+            divergence.standard_error(volume.detach()),
+            latent,
+            nfe if noise is None else nfe + 1,  # the decoder's
+        )
 
 
 def _of_plan(model: Model, plan: Plan, x: Tensor, unit: Tensor, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,12 +157,12 @@ def _of_plan(model: Model, plan: Plan, x: Tensor, unit: Tensor, grad: bool) -> t
 
     def net(states: Tensor, label: Tensor) -> Tensor:
         m, jacobian = with_products(lambda x: prediction(x, label), states[:, 0], unit, grad)
-        tangents = torch.einsum("kbi,bji->bjk", _rows(jacobian, 2), _rows(states[:, 1:], 2))
+        tangents = torch.einsum("kbi,bji->bjk", elements(jacobian, 2), elements(states[:, 1:], 2))
         return torch.cat([m[:, None], tangents.reshape(states[:, 1:].shape)], 1)
 
     start = torch.cat([x[:, None], unit.transpose(0, 1).expand(len(x), *unit.shape[:1], *x.shape[1:])], 1)
     end = run(plan, replace(model, net=net, variance=None), start, grad=grad)
-    volume = torch.linalg.slogdet(_rows(end[:, 1:], 2).double()).logabsdet
+    volume = torch.linalg.slogdet(elements(end[:, 1:], 2).double()).logabsdet
     return end[:, 0], volume[None], torch.full((len(x),), plan.nfe, device="cpu")
 
 
@@ -172,7 +176,8 @@ def _of_ode(
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The latent, log |det| along each group of directions [G, B], and calls: each volume, times n, is one more element of x."""
-    velocity, d, times = predictor(model, inverse, "velocity"), x[0].numel(), torch.zeros(0, device="cpu")
+    velocity = predictor(replace(model, net=attached(model.net)), inverse, "velocity")
+    d, times = x[0].numel(), torch.zeros(0, device="cpu")
 
     def label(t: Tensor) -> Tensor:
         """The number of each time, by which the network finds it with all its digits."""
@@ -191,12 +196,12 @@ def _of_ode(
         v, rows = with_products(lambda x: velocity(x, t), here, along, grad)
         traces = inner(rows, along, x).unflatten(0, directions.shape[:2]).sum(1)
         n = norm(Levels.at(inverse, t)).to(v)
-        return torch.cat([_rows(v, 1), (n * traces).T], 1)
+        return torch.cat([elements(v), (n * traces).T], 1)
 
     def norm(at: Levels) -> Tensor:
         return torch.hypot(at.alpha, at.sigma)
 
-    start = torch.cat([_rows(x, 1), x.new_zeros(len(x), len(directions))], 1)
+    start = torch.cat([elements(x), x.new_zeros(len(x), len(directions))], 1)
     augmented = Model(net, predicts="velocity", label=label)
     if isinstance(solver, Plan):
         end, nfe = run(solver, augmented, start, grad=grad), torch.full((len(x),), solver.nfe, device="cpu")
@@ -263,7 +268,7 @@ def round_trip_error(
         )
     there = encode(model, schedule, x, solver, start=start, stop=stop)
     back = decode(model, schedule, there, solver, start=start, stop=stop)
-    return _rows(back - x, 1).square().mean(1).sqrt()
+    return elements(back - x).square().mean(1).sqrt()
 
 
 def bits_per_dim(
@@ -322,13 +327,14 @@ def dequantized(values: Tensor, bins: int, noise: Noise, low: float = -1.0, high
         raise ValueError(
             f"values has {exactly[bad][0]:g}: expected whole numbers from 0 to bins - 1 = {bins - 1}"
         )
-    uniform = torch.special.ndtr(drawn(as_source(noise, len(values)), 0, exactly))
-    return (low + (high - low) * (exactly + uniform) / bins).float()
+    uniform = torch.special.ndtr(drawn(as_source(noise, len(values), BINS), 0, exactly))
+    x, end = ((low + (high - low) * (exactly + u) / bins).float() for u in (uniform, 1.0))
+    return torch.where(x < end, x, torch.nextafter(end, torch.full_like(end, -math.inf)))
 
 
 def d_log(x: Tensor, factor: Tensor) -> Tensor:
     """The logarithm of the volume by which a factor stretches samples like those of x: d log(factor)."""
-    return x[0].numel() * torch.log(factor).to(x.device)
+    return math.prod(x.shape[1:]) * torch.log(factor).to(x.device)
 
 
 def _carried(
@@ -383,8 +389,3 @@ def _check_plan(plan: Plan, divergence: Divergence) -> None:
 
 def _level(schedule: Schedule, t: float) -> Levels:
     return Levels.at(schedule, torch.tensor(float(t), dtype=torch.float64, device="cpu"))
-
-
-def _rows(x: Tensor, first: int) -> Tensor:
-    """All dimensions from `first` on as one, which may be none."""
-    return x.reshape(*x.shape[:first], -1)

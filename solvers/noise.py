@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,14 @@ from solvers.schedules import Schedule, float64
 # (number of the draw, a tensor like it) -> standard normals of that shape
 Source = Callable[[int, Tensor], Tensor]
 Noise = Source | torch.Generator | int  # what a user may give
-STEPS, START, PATH, AHEAD = 0, 1, 2, 5  # independent streams of one sample; PATH has three
+STEPS, START, PATH, AHEAD, PROBES, BINS = (
+    0,
+    1,
+    2,
+    5,
+    6,
+    7,
+)  # independent streams of one sample; PATH has three
 RESOLUTION = 2.0**-24  # down to which a Brownian path is halved
 FARTHEST = 300.0  # T whose e^{2T} is still a number
 LEAST_STEP = 2.0**-22  # of its clock: below it the path's last halves would be seen
@@ -30,10 +37,12 @@ class PerSample:
     Attributes:
         seed: 0 <= seed < 2^63.
         ids: the samples' numbers, distinct and not negative, [B].
+        stream: which of the independent streams of a sample its draws are from; 0 for those of steps.
     """
 
     seed: int
     ids: tuple[int, ...]
+    stream: int = STEPS
 
     def __post_init__(self) -> None:
         whole("seed", self.seed, 0, 2**63 - 1)
@@ -45,7 +54,7 @@ class PerSample:
     def __call__(self, draw: int, like: Tensor) -> Tensor:
         """Draw number `draw` for a step: standard normals with the shape, dtype and device of `like` [B, ...]."""
         one_id_each(self.ids, len(like))
-        normals = self._normals(STEPS, draw, like.shape[1:]).to(like.dtype)
+        normals = self._normals(self.stream, draw, like.shape[1:]).to(like.dtype)
         if like.is_cuda:  # from pinned memory the copy does not wait for the device
             return normals.pin_memory().to(like.device, non_blocking=True)
         return normals.to(like.device)
@@ -286,16 +295,21 @@ def in_batches(noise: Noise, sizes: Sequence[int]) -> list[Source]:
     return [part(k) for k in range(len(sizes))]
 
 
-def as_source(noise: Noise, batch: int) -> Source:
-    """A noise source as it is, a torch.Generator, or a seed: samples 0 .. batch - 1 of that seed."""
+def as_source(noise: Noise, batch: int, stream: int = STEPS) -> Source:
+    """A noise source as it is, a torch.Generator, or a seed: samples 0 .. batch - 1 of that seed.
+
+    Of noise per sample the draws are from one of its streams, so that one seed can serve for several purposes.
+    """
     if isinstance(noise, torch.Generator):
         return lambda draw, like: torch.randn(
             like.shape, generator=noise, device=noise.device, dtype=like.dtype
         ).to(like.device)
+    if isinstance(noise, PerSample):
+        return replace(noise, stream=stream) if stream else noise
     if callable(noise):
         return noise
     if noise is None or isinstance(noise, Tensor):
         raise TypeError(
             f"noise is {type(noise).__name__}: expected an int seed, a torch.Generator, or a function (draw, like) -> normals"
         )
-    return per_sample(noise, range(batch))
+    return as_source(per_sample(noise, range(batch)), batch, stream)

@@ -16,6 +16,7 @@ from solvers.arguments import choice, number
 from solvers.schedules import Schedule, float64, in_lanes
 
 VARIANCES = ("range", "square", "residual")
+NO_GRADIENT = "no gradient flows through the model: call it without torch.no_grad() and without detach()"
 PREDICTIONS = ("noise", "data", "velocity", "score", "flow", "edm")
 ALIASES = {  # what other code calls them, for the error alone
     "epsilon": "noise", "eps": "noise", "v": "velocity", "v_prediction": "velocity",
@@ -261,9 +262,7 @@ def predictor(
         from_x, from_m = (v.to(x).reshape(-1, *[1] * (x.ndim - 1)) for v in weights)
         m, _ = outputs_at(model, schedule, x, times, dtype)
         if x.requires_grad and torch.is_grad_enabled() and not m.requires_grad:
-            raise ValueError(
-                "no gradient flows through the model: call it without torch.no_grad() and without detach()"
-            )
+            raise ValueError(NO_GRADIENT)
         return from_x * x + from_m * m
 
     return predict

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from solvers.arguments import choice, positive, whole
 from solvers.grids import logsnr
-from solvers.jacobian import Divergence, as_divergence, inner, products
+from solvers.jacobian import Divergence, as_divergence, elements, inner, products
 from solvers.noise import noised
 from solvers.predictions import AnyModel, Model, conversion, mixture, outputs_at, predictor
 from solvers.schedules import Schedule, float64
@@ -237,4 +237,4 @@ def _asked(
 
 
 def _mean_square(x: Tensor) -> Tensor:
-    return x.square().reshape(len(x), -1).mean(1)
+    return elements(x.square()).mean(1)

@@ -118,7 +118,7 @@ def test_the_trained_digits_are_sampled_alike_by_every_solver(digits):
         < error["DPM-Solver++(2M), 10"]
         < error["DDIM, 10"]
     )
-    exact = found["dopri5, 1e-7"][1]
+    exact = found["dopri5, 1e-5"][1]
     assert 0.5 < exact.std() < 0.9
     assert exact.abs().max() < 1.5
 
@@ -156,9 +156,11 @@ def test_the_digits_train_and_their_report_is_drawn(digits, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_bits_per_dimension_of_the_trained_digits_agree(digits):
-    """The ODE's exact divergence and Hutchinson's estimate; the SDE's bound by densities and by values."""
-    found = digits.bits(digits.load(), digits.images()[1][:4])
-    exact, probed = found["ODE, dequantised"][0], found["ODE, dequantised, Hutchinson"][0]
-    assert abs(exact - probed) < 0.2
-    assert all(1.0 < bits < math.log2(17) for bits, _ in found.values())
+def test_bits_per_dimension_of_the_trained_digits_are_those_of_the_exact_divergence(digits):
+    """And the SDE's bounds, by densities and by values, are above the ODE's."""
+    model, held_out = digits.load(), digits.images()[1][:8]
+    found = {name: bits for name, (bits, _) in digits.bits(model, held_out).items()}
+    x = sv.dequantized(held_out, digits.VALUES, noise=0)
+    exact = sv.log_likelihood(model, digits.SCHEDULE, x, noise=0).log_p
+    assert abs(float(sv.bits_per_dim(exact, (1, 8, 8), bins=17).mean()) - found["ODE, dequantised"]) < 0.1
+    assert all(1.0 < bits < math.log2(17) for bits in found.values())

@@ -201,16 +201,15 @@ def draw(models: dict[tuple[str, int], sv.Model], records: Sequence[Record], pat
 def table(records: Sequence[Record]) -> str:
     """KL by problem and order: mean, standard deviation and range over the seeds, in Markdown."""
     lines = [
-        "| problem | order | KL, nats: mean ± deviation | least to largest | seeds | steps | s a network |",
-        "|---|---|---|---|---|---|---|",
+        "| problem | order | KL, nats: mean ± deviation | least to largest | seeds | steps |",
+        "|---|---|---|---|---|---|",
     ]
     for name, order, steps in dict.fromkeys((r.problem, r.order, r.steps) for r in records):
         group = [r for r in records if (r.problem, r.order, r.steps) == (name, order, steps)]
         found = [r.kl for r in group]
         spread = stdev(found) if len(found) > 1 else float("nan")
-        seconds = mean(r.seconds for r in group)
         lines.append(
-            f"| {name} | {order} | {mean(found):.4f} ± {spread:.4f} | {min(found):.4f} to {max(found):.4f} | {len(found)} | {steps} | {seconds:.0f} |"
+            f"| {name} | {order} | {mean(found):.4f} ± {spread:.4f} | {min(found):.4f} to {max(found):.4f} | {len(found)} | {steps} |"
         )
     return "\n".join(lines)
 
