@@ -21,6 +21,7 @@ from solvers.run import drawn, run, started, warn_of_training
 from solvers.schedules import Inversion, Schedule
 
 Solver = Plan | Callable[..., Solution]
+MOST_BINS = 2**16  # of which single precision has a hundred places in each
 DOPRI5 = functools.partial(odeint, variable="angle")
 
 
@@ -87,7 +88,8 @@ def log_likelihood(
         solver: (model, schedule, x, start=, stop=) -> Solution, asked for the `Inversion` of the schedule: functools.partial(sv.odeint, rtol=1e-8,
             atol=1e-8, variable="angle"), sv.adaptive, ...; by default `odeint` in the angle with tolerance 1e-5. Or a plan for sv.Inversion(schedule).
         noise: None for the density of the states at `stop`. A noise source, a torch.Generator or an int seed draws x_stop = alpha x + sigma eps, and the
-            terms reconstruction and entropy make log_p a lower bound, in the mean, of the log-density of the data, which have none at sigma > 0.
+            terms reconstruction and entropy make log_p a bound: its mean over noise is at most the log-density that the decoder and the ODE together give to x,
+            and its mean over the data too at most that of the data themselves.
         decoder: p(x_0 | x_stop), with `noise` alone.
         prior: log-density of latents, [B, ...] -> [B]; by default N(0, sigma(start)^2), which `sample` starts from.
         start: time of the latent; the schedule's own if None, or the plan's.
@@ -105,6 +107,10 @@ def log_likelihood(
     first, last = _ends(schedule, solver, start, stop)
     if isinstance(solver, Plan):
         _check_plan(solver, divergence)
+    if decoder is not None and noise is None:
+        raise ValueError(
+            "decoder without noise: without it the density is that of states at stop, which nothing decodes; give noise=0, or leave decoder out"
+        )
     if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
             f"x has dtype {x.dtype}, in which a density has no digits: pass x.float(), and let the network cast it"
@@ -135,7 +141,9 @@ def log_likelihood(
             latent, volume, nfe = _of_ode(model, inverse, solver, state, directions, (last, first), grad)
         deviation = _level(schedule, first).sigma
         density = (
-            prior(latent) if prior else gaussian(latent / deviation.to(latent)) - d_log(latent, deviation)
+            _density(prior, latent)
+            if prior
+            else gaussian(latent / deviation.to(latent)) - d_log(latent, deviation)
         )
         return LogLikelihood(
             density.double(),
@@ -295,8 +303,10 @@ def bits_per_dim(
             "bins = None: a density has as many bits as its unit of volume says; give the number of bins on [low, high], e.g. bins=256 for pixels 0 .. "
             "255 spread over [-1, 1]; bins=1, low=0, high=1 for log-probabilities"
         )
-    whole("bins", bins, 1, 2**32, example=256)
+    whole("bins", bins, 1, MOST_BINS, example=256)
     increasing(low=low, high=high)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape = {shape!r:.100}: expected that of one sample, e.g. x.shape[1:]")
     d = math.prod(shape)
     if d < 1:
         raise ValueError(f"shape = {tuple(shape)}: expected that of one sample, with at least one element")
@@ -319,8 +329,12 @@ def dequantized(values: Tensor, bins: int, noise: Noise, low: float = -1.0, high
     Raises:
         ValueError: a value that is no whole number, or outside 0 .. bins - 1.
     """
-    whole("bins", bins, 1, 2**32, example=256)
+    whole("bins", bins, 1, MOST_BINS, example=256)
     increasing(low=low, high=high)
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"values is {type(values).__name__}: expected a tensor of whole numbers, e.g. torch.from_numpy(pixels)"
+        )
     exactly = values.double()
     bad = ~((exactly >= 0) & (exactly < bins) & (exactly == exactly.round()))
     if bad.any():
@@ -330,6 +344,17 @@ def dequantized(values: Tensor, bins: int, noise: Noise, low: float = -1.0, high
     uniform = torch.special.ndtr(drawn(as_source(noise, len(values), BINS), 0, exactly))
     x, end = ((low + (high - low) * (exactly + u) / bins).float() for u in (uniform, 1.0))
     return torch.where(x < end, x, torch.nextafter(end, torch.full_like(end, -math.inf)))
+
+
+def _density(prior: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """What a prior says of latents [B, ...], its contract checked."""
+    log_p = prior(z)
+    if not isinstance(log_p, Tensor) or log_p.shape != z.shape[:1]:
+        came = f"shape {list(log_p.shape)}" if isinstance(log_p, Tensor) else type(log_p).__name__
+        raise ValueError(
+            f"prior gave {came}: expected the log-density of each latent, [{len(z)}], summed over its elements"
+        )
+    return log_p
 
 
 def d_log(x: Tensor, factor: Tensor) -> Tensor:

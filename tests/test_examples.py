@@ -4,7 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
-from statistics import mean
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -43,26 +43,25 @@ def test_the_page_has_the_table_of_its_records(training):
 @pytest.mark.parametrize("problem", ["mixture", "checkerboard"])
 @pytest.mark.parametrize("order", [2, 3])
 def test_the_records_show_that_higher_orders_lower_the_kl_by_more_than_its_spread(training, problem, order):
-    """Against order 1 with as many steps and with four times as many: more than both ranges over five seeds together."""
+    """Against order 1 with as many steps and with four times as many, over five seeds."""
     found = [r for r in records(training) if r.problem == problem]
     high = [r.kl for r in found if r.order == order]
     for steps in {r.steps for r in found if r.order == 1}:
         first = [r.kl for r in found if (r.order, r.steps) == (1, steps)]
         assert len(first) == len(high) == 5
-        assert mean(first) - mean(high) > max(first) - min(first)
-        assert mean(first) - mean(high) > max(high) - min(high)
+        assert mean(first) - mean(high) > 2 * (stdev(first) + stdev(high))
         assert max(high) < min(first)
 
 
 def test_training_by_every_order_runs_from_the_command_line(training, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "STEPS_OF_THE_ODE", 4)
+    monkeypatch.setattr(training, "STEPS_OF_THE_ODE", 2)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- begin kl -->\nold\n<!-- end kl -->\nbehind\n")
     threads = torch.get_num_threads()
-    training.main(["--seeds", "2", "--share", "0.001", "--out", str(tmp_path), "--into", str(page)])
+    training.main(["--seeds", "1", "--share", "0.001", "--out", str(tmp_path), "--into", str(page)])
     torch.set_num_threads(threads)
     written = [json.loads(line) for line in (tmp_path / "high_order_training.jsonl").read_text().splitlines()]
-    assert len(written) == 2 * 4 * 2
+    assert len(written) == 2 * 4
     assert all(math.isfinite(record["kl"]) for record in written)
     assert (tmp_path / "high_order_training.png").stat().st_size > 10_000
     shown = page.read_text()
@@ -112,12 +111,9 @@ def test_the_trained_digits_are_sampled_alike_by_every_solver(digits):
     model = digits.load()
     found = digits.errors(model, torch.randn(4, 1, 8, 8, generator=generator()))
     error = {name: value for name, (value, _) in found.items()}
-    assert (
-        error["recommended, 20"]
-        < error["recommended, 10"]
-        < error["DPM-Solver++(2M), 10"]
-        < error["DDIM, 10"]
-    )
+    assert error["DPM-Solver++(2M), logsnr, 10"] < error["DDIM, logsnr, 10"]
+    assert error["recommended, angle, 20"] < error["recommended, angle, 10"]
+    assert error["adaptive, 1e-2"] < 0.05
     exact = found["dopri5, 1e-5"][1]
     assert 0.5 < exact.std() < 0.9
     assert exact.abs().max() < 1.5
@@ -151,8 +147,8 @@ def test_the_digits_train_and_their_report_is_drawn(digits, tmp_path, monkeypatc
     digits.main(["train", "--steps", "2", "--weights", str(tmp_path / "w.safetensors")])
     torch.set_num_threads(threads)
     digits.main(["report", "--weights", str(tmp_path / "w.safetensors"), "--out", str(tmp_path)])
-    assert (tmp_path / "digits_unet.png").stat().st_size > 10_000
-    assert "DDIM, 10" in capsys.readouterr().out
+    assert (tmp_path / "digits_unet.png").stat().st_size > 5_000
+    assert "DDIM, logsnr, 10" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -112,15 +112,18 @@ def train(steps: int = STEPS, path: Path = WEIGHTS, seed: int = 0) -> None:
     save_model(averaged.module, path)
 
 
+ADAMS = functools.partial(sv.exponential_adams, order=2, predicts="velocity")
 SOLVERS: dict[str, Callable[[sv.Model, Tensor], Tensor]] = {
-    "DDIM, 10": lambda model, x: sv.sample(model, x, SCHEDULE, 10, sv.ddim),
-    "DPM-Solver++(2M), 10": lambda model, x: sv.sample(model, x, SCHEDULE, 10, sv.dpm_solver_pp, sv.logsnr),
-    "recommended, 10": lambda model, x: sv.sample(model, x, SCHEDULE, 10),
-    "recommended, 20": lambda model, x: sv.sample(model, x, SCHEDULE, 20),
-    "adaptive, 1e-2": lambda model, x: sv.adaptive(model, SCHEDULE, x, rtol=1e-2, atol=1e-2).x,
-    "SDE-DPM-Solver++, 25": lambda model, x: sv.sample(
-        model, x, SCHEDULE, 25, sv.dpm_solver_pp_sde, sv.logsnr, noise=1
+    "DDIM, logsnr, 10": lambda model, x: sv.sample(model, x, SCHEDULE, 10, sv.ddim, sv.logsnr),
+    "DPM-Solver++(2M), logsnr, 10": lambda model, x: sv.sample(
+        model, x, SCHEDULE, 10, sv.dpm_solver_pp, sv.logsnr
     ),
+    "Adams in velocity form, quadratic, 10": lambda model, x: sv.sample(
+        model, x, SCHEDULE, 10, ADAMS, sv.quadratic
+    ),
+    "recommended, angle, 10": lambda model, x: sv.sample(model, x, SCHEDULE, 10),
+    "recommended, angle, 20": lambda model, x: sv.sample(model, x, SCHEDULE, 20),
+    "adaptive, 1e-2": lambda model, x: sv.adaptive(model, SCHEDULE, x, rtol=1e-2, atol=1e-2).x,
 }
 
 
@@ -131,6 +134,19 @@ def errors(model: sv.Model, x: Tensor) -> dict[str, tuple[float, Tensor]]:
     for name, solver in SOLVERS.items():
         samples = solver(model, x)
         found[name] = (float((samples - exact).square().mean().sqrt()), samples)
+    return found
+
+
+def data_errors(model: sv.Model, pixels: Tensor) -> dict[int, float]:
+    """The root mean square error of the data prediction made of the network's noise, by half log-SNR."""
+    x0 = sv.dequantized(pixels, VALUES, noise=0)
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for half_logsnr in (-5, -4, -3, -2, -1, 0, 1, 2):
+        t = SCHEDULE.time(torch.tensor(half_logsnr, dtype=torch.float64))
+        alpha, sigma = float(SCHEDULE.alpha(t)), float(SCHEDULE.sigma(t))
+        m = model.net(sv.noised(x0, SCHEDULE, t, eps), torch.full((len(x0),), float(half_logsnr)))
+        found[half_logsnr] = sigma / alpha * float((m - eps).square().mean().sqrt())
     return found
 
 
@@ -161,15 +177,20 @@ def report(out: Path, path: Path = WEIGHTS, count: int = HELD_OUT) -> None:
     found = errors(model, torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     figure, panels = plt.subplots(len(found), 1, figsize=(8, 1.05 * len(found)))
     for panel, (name, (error, samples)) in zip(panels, found.items(), strict=True):
-        panel.imshow(torch.cat([*samples[:, 0]], 1), cmap="gray_r", vmin=-1, vmax=1)
+        panel.imshow(torch.cat([*samples[:, 0]], 1).numpy(), cmap="gray_r", vmin=-1, vmax=1)
         panel.set_title(f"{name}: error {error:.2g}" if error else name, fontsize=8, loc="left", pad=2)
         panel.axis("off")
-        print(f"{name:24} {error:.4f}")
+        print(f"| {name} | {error:.3f} |" if error else "| solver | error |\n|---|---|")
     figure.tight_layout()
     figure.savefig(out / "digits_unet.png", dpi=120)
     plt.close(figure)
-    for name, (mean, error) in bits(model, images()[1][:count]).items():
-        print(f"{name:32} {mean:.4f} +- {error:.4f} bits per dimension")
+    pixels = images()[1][:count]
+    print("\n| half log-SNR | error of the data prediction |\n|---|---|")
+    for half_logsnr, error in data_errors(model, pixels).items():
+        print(f"| {half_logsnr} | {error:.2f} |")
+    print("\n| bits per dimension | of images held out |\n|---|---|")
+    for name, (mean, error) in bits(model, pixels).items():
+        print(f"| {name} | {mean:.3f} ± {error:.3f} |")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

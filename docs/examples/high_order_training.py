@@ -178,12 +178,12 @@ def draw(models: dict[tuple[str, int], sv.Model], records: Sequence[Record], pat
             found = [r.kl for r in records if (r.problem, r.order, r.steps) == (name, order, least)]
             panel.set_title(f"order {order}: KL {mean(found):.4f}" if order else f"{name}: the data")
             if problem.d == 1:
-                panel.fill_between(x[:, 0], truth, color="0.85", label="data")
-                panel.plot(x[:, 0], density, color="C0" if order else "0.3")
+                panel.fill_between(x[:, 0].numpy(), truth.numpy(), color="0.85", label="data")
+                panel.plot(x[:, 0].numpy(), density.numpy(), color="C0" if order else "0.3")
                 panel.set_ylim(0, 1.2 * float(truth.max()))
             else:
                 side = round(len(x) ** 0.5)
-                image = density.reshape(side, side).T
+                image = density.reshape(side, side).T.numpy()
                 edge = problem.reach
                 panel.imshow(
                     image,
