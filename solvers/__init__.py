@@ -3,6 +3,7 @@
 from solvers import noise
 from solvers.adaptive import adaptive, replay
 from solvers.adaptive_sde import adaptive_sde
+from solvers.bits import bits_per_dim, dequantized
 from solvers.blackbox import ProbabilityFlow, ReverseSDE, odeint, sdeint
 from solvers.bound import Bound, continuous_elbo, elbo
 from solvers.control import NonConvergence, Solution
@@ -22,17 +23,10 @@ from solvers.grids import (
     trailing,
     uniform,
 )
-from solvers.jacobian import exact, hutchinson
+from solvers.jacobian import Divergence, exact, hutchinson
 from solvers.langevin import predictor_corrector
-from solvers.likelihood import (
-    LogLikelihood,
-    bits_per_dim,
-    decode,
-    dequantized,
-    encode,
-    log_likelihood,
-    round_trip_error,
-)
+from solvers.latents import decode, encode, round_trip_error
+from solvers.likelihood import LogLikelihood, log_likelihood
 from solvers.methods import tableaux
 from solvers.methods.analytic import (
     Gamma,
@@ -93,6 +87,7 @@ __all__ = [
     "Cosine",
     "Decoder",
     "Discrete",
+    "Divergence",
     "Flow",
     "Gamma",
     "Inversion",

@@ -49,7 +49,7 @@ class _Equation:
         Raises:
             ValueError: it is infinite there.
         """
-        at = Levels.at(self.schedule, torch.tensor(float(number("t", t)), dtype=torch.float64, device="cpu"))
+        at = Levels.at_time(self.schedule, number("t", t))
         place = {
             "t": at.times,
             "half_logsnr": at.half_logsnr,
@@ -69,12 +69,17 @@ class _Equation:
         if v.isnan():  # the length of a step after outputs that are not finite
             raise _GaveUp("non_finite", "the model's output is not finite")
         if self.variable != "t":
-            if self.variable == "angle":
-                v = torch.tan(v.clamp(0, math.pi / 2))
-            v = self.schedule.time(v if self.variable == "half_logsnr" else -torch.log(v))
             low, high = sorted((self.schedule.start, self.schedule.stop))
+            beyond = torch.tensor([False], device="cpu")
+            if self.variable == "angle":
+                beyond, v = (
+                    v >= math.pi / 2,
+                    torch.tan(v.clamp(min=0)),
+                )  # alpha = 0 is there, or below the rounding
+            v = self.schedule.time(v if self.variable == "half_logsnr" else -torch.log(v))
             inside = v.clamp(low, high)  # libraries round the variable, to float32 too
             v = torch.where((v - inside).abs() <= ROUNDING * high, inside, v)
+            v = torch.where(beyond, high, v)
         return Levels.at(self.schedule, v.clamp(*self.bounds))
 
     def state(self, x: Tensor, t: float) -> Tensor:
@@ -86,12 +91,12 @@ class _Equation:
         return state * self._unit(t).to(state)
 
     def _unit(self, t: float) -> Tensor:
-        return self._norm(Levels.at(self.schedule, torch.tensor(float(t), dtype=torch.float64, device="cpu")))
+        return self._norm(Levels.at_time(self.schedule, t))
 
     def _norm(self, at: Levels) -> Tensor:
         """What x is divided by in the state."""
         if self.variable == "angle":
-            return torch.hypot(at.alpha, at.sigma)
+            return at.size
         return at.alpha if self.variable == "sigma" else torch.ones_like(at.alpha)
 
     def _ask(self, x: Tensor, at: Levels) -> Tensor:
@@ -107,8 +112,8 @@ class ProbabilityFlow(_Equation):
     """The probability-flow ODE as ODE libraries take it: a function (v, y) -> dy/dv.
 
     In "t" and "half_logsnr" y is x; in "sigma" v is sigma / alpha and y is x / alpha, so that dy/dv is the noise prediction; in "angle" v is
-    arctan(sigma / alpha) and y is x / n with n = sqrt(alpha^2 + sigma^2), so that dy/dv is the velocity over n, and both ends of any schedule are
-    regular. torchdiffeq's adaptive methods step past the stop, where a schedule may end, unless they get options={"step_t": the stop's place}.
+    arctan(sigma / alpha) and y is x / n with n = sqrt(alpha^2 + sigma^2), so that dy/dv is the velocity over n, and alpha = 0 and sigma = 0
+    are regular for a network whose prediction determines it there. torchdiffeq's adaptive methods step past the stop, where a schedule may end, unless they get options={"step_t": the stop's place}.
     Source: Song et al. 2021 (arXiv 2011.13456), eq. 13; in sigma: Karras et al. 2022 (arXiv 2206.00364), eq. 1.
 
     Args:
@@ -200,7 +205,7 @@ class ReverseSDE(_Equation):
         noise = self._ask(x, at).reshape(y.shape)
         linear, of_noise = torch.zeros_like(at.sigma), -torch.ones_like(at.sigma)
         if self.variable == "angle":
-            linear, of_noise = at.sigma / at.alpha, -torch.hypot(at.alpha, at.sigma) / at.alpha
+            linear, of_noise = at.sigma / at.alpha, -at.size / at.alpha
         elif self.variable != "sigma":
             f, square = drift_and_diffusion(self.schedule, at)
             speed = 2 * at.sigma**2 / square if self.variable == "half_logsnr" else 1.0  # -dt / dlambda
@@ -279,6 +284,10 @@ def odeint(
     if "step_size" in passed:
         positive(step_size=passed["step_size"])
     flow.most, flow.bounds = max_nfe, (min(ends), max(ends))
+    if grad and method == "scipy_solver":
+        raise ValueError(
+            "method = 'scipy_solver' with grad=True: scipy keeps no graph; take another method, e.g. 'dopri5'"
+        )
     adaptive = "callback_accept_step" in SOLVERS[method].valid_callbacks()
     fixed = "callback_step" in SOLVERS[method].valid_callbacks() and not adaptive
     if adaptive:
@@ -290,7 +299,8 @@ def odeint(
             f"method = {method!r} has fixed steps: give their length, e.g. options={{'step_size': {length / 100:.3g}}} for 100 of them"
         )
     if grad and adaptive:  # no gradient by the length of steps, which lead to the same end
-        passed.setdefault("norm", lambda y: y.detach().square().mean().sqrt())
+        norm = passed.get("norm", lambda y: y.square().mean().sqrt())
+        passed["norm"] = lambda y: norm(y.detach())
     accepted: list[tuple[Tensor, Tensor]] = []
     rejected = 0
 

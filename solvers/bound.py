@@ -8,13 +8,13 @@ from torch import Tensor
 
 from solvers.arguments import flag, positive, whole
 from solvers.decoder import Decoder
-from solvers.grids import logsnr
-from solvers.jacobian import elements
-from solvers.noise import Noise, as_source, noised
+from solvers.elements import elements
+from solvers.grids import logsnr, within_logsnr
+from solvers.noise import Noise, as_source, drawn, noised
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, as_model, predictor
 from solvers.rows import combined, deviation_of, rows_of
-from solvers.run import called, drawn, started, warn_of_training
+from solvers.run import NonFiniteError, called, started, warn_of_training
 from solvers.schedules import Schedule
 
 
@@ -73,6 +73,7 @@ def elbo(
 
     Raises:
         ValueError: rows that read several calls or draws, go upwards, or add no noise, for which the bound is infinite.
+        NonFiniteError: a term is NaN.
     """
     model, last = as_model(model), _steps(plan)
     if not flag("grad", grad):
@@ -101,7 +102,8 @@ def elbo(
         assert mean is not None
         reconstruction = (decoder or Decoder()).log_p(data, mean, sigma / alpha if alpha > 0 else math.inf)
         prior = _prior(data, float(plan.alpha[0]), float(plan.sigma[0]), prior_variance)
-    return Bound(prior, torch.stack(terms) if terms else prior.new_zeros(0, len(data)), reconstruction)
+    bound = Bound(prior, torch.stack(terms) if terms else prior.new_zeros(0, len(data)), reconstruction)
+    return _answered(bound, plan.times, plan.half_logsnr)
 
 
 def continuous_elbo(
@@ -140,6 +142,7 @@ def continuous_elbo(
 
     Raises:
         ValueError: half log-SNR is infinite at an end.
+        NonFiniteError: a term is NaN.
     """
     whole("pieces", pieces, 1, 10**6, example=1)
     model = as_model(model)
@@ -157,22 +160,42 @@ def continuous_elbo(
             nothing = data.new_zeros(0, dtype=torch.float64)
             return Bound(nothing, nothing.expand(pieces, 0), nothing)
         source = as_source(noise, len(data))
-        terms = []
+        terms, times = [], []
         for k in range(pieces):
             clock = drawn(source, 2 * k, data.new_zeros(len(data), dtype=torch.float64))
             share = (k + torch.special.ndtr(clock).cpu()) / pieces
-            t = schedule.time(low + (high - low) * share).clamp(float(ends[1]), float(ends[0]))
+            t = within_logsnr(schedule, ends, share)
+            times.append(t)
             eps = drawn(source, 2 * k + 1, data)
             error = eps - predictor(model, schedule, "noise", dtype=x0.dtype)(
                 noised(data, schedule, t, eps), t
             )
             terms.append((high - low) / pieces * elements(error.double().square()).sum(1))
         x = noised(data, schedule, ends[1], drawn(source, 2 * pieces, data))
+        times.append(ends[1].expand(len(data)))
         mean = predictor(model, schedule, "data", dtype=x0.dtype)(x, ends[1])
         alpha, sigma = (torch.stack([f(t) for t in ends]).tolist() for f in (schedule.alpha, schedule.sigma))
         reconstruction = (decoder or Decoder()).log_p(data, mean, sigma[1] / alpha[1])
         prior = _prior(data, alpha[0], sigma[0], prior_variance)
-    return Bound(prior, torch.stack(terms), reconstruction)
+    every = torch.stack(times)
+    return _answered(Bound(prior, torch.stack(terms), reconstruction), every, schedule.half_logsnr(every))
+
+
+def _answered(bound: Bound, times: Tensor, half_logsnr: Tensor) -> Bound:
+    """The bound, if none of its terms is NaN; times and half log-SNR are of the calls, [N + 1] or [N + 1, B]. An infinite divergence is an answer."""
+    nan = torch.cat([bound.diffusion, bound.reconstruction[None]]).isnan().cpu()
+    if not nan.any():
+        return bound
+    call = int(nan.any(1).nonzero()[0])
+    samples = nan[call].nonzero().flatten().tolist()
+    t, lam = (float(v[call].expand(nan.shape[1])[samples[0]]) for v in (times, half_logsnr))
+    raise NonFiniteError(
+        f"the model's output is not finite in call {call} of the bound (t = {t:g}, half log-SNR = {lam:g}) for samples {samples[:10]}",
+        call,
+        t,
+        lam,
+        samples,
+    )
 
 
 def _steps(plan: Plan) -> int:
@@ -229,7 +252,7 @@ def _posterior(plan: Plan, i: int) -> tuple[float, float, float]:
 
 
 def _kl(difference: Tensor, of: float, to: Tensor) -> Tensor:
-    """KL(N(m, of) || N(m', to)) over all elements of m - m' [B, ...], where `to` may be one for each: [B]."""
+    """KL(N(m, of) || N(m', to)) over all elements of m - m' [B, ...], where `to` may be one for each element, [B, ...]: [B]."""
     excess = of / to - 1
     near = excess.abs() < 0.1  # where the two nearly cancel
     gap = excess - torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.log(of / to))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import numbers, positive
-from solvers.jacobian import elements
+from solvers.elements import elements
 
 ON_LEVEL = 1e-2  # of the distance of two levels; of 2^16 levels single precision keeps a hundredth
 

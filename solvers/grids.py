@@ -60,6 +60,12 @@ def logsnr(
     return _between(schedule, schedule.time(_line(first, last, steps)), ends)
 
 
+def within_logsnr(schedule: Schedule, ends: Tensor, share: Tensor) -> Tensor:
+    """The times at some shares of the way in log-SNR between two ends, [2]: from 0 at the noisier to 1, and never outside."""
+    low, high = sorted(schedule.half_logsnr(ends).tolist())
+    return schedule.time(low + (high - low) * share).clamp(ends.min().item(), ends.max().item())
+
+
 def angle(
     schedule: Schedule,
     steps: int,

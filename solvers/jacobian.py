@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, whole
-from solvers.noise import PROBES, Noise, as_source
+from solvers.noise import PROBES, Noise, as_source, drawn
 from solvers.predictions import NO_GRADIENT
 
 DISTRIBUTIONS = ("rademacher", "gaussian")
@@ -62,7 +62,7 @@ class Divergence:
             unit = torch.eye(d, dtype=x.dtype, device=x.device)
             return unit.reshape(1, d, 1, *x.shape[1:])
         source = as_source(self.noise, len(x), PROBES)
-        normals = torch.stack([source(probe, x) for probe in range(self.probes)])[:, None]
+        normals = torch.stack([drawn(source, probe, x) for probe in range(self.probes)])[:, None]
         if self.distribution == "gaussian":
             return normals
         return torch.where(normals < 0, -1.0, 1.0).to(x)
@@ -100,6 +100,7 @@ def hutchinson(probes: int = 1, distribution: str = "rademacher", noise: Noise =
     """
     whole("probes", probes, 1, 10**6, example=1)
     choice("distribution", distribution, DISTRIBUTIONS, {"normal": "gaussian", "sign": "rademacher"})
+    as_source(noise, 0)
     return Divergence(probes, distribution, noise)
 
 
@@ -145,7 +146,7 @@ def products(y: Tensor, x: Tensor, directions: Tensor, grad: bool) -> Tensor:
     """v^T dy/dx [D, B, ...] for directions v [D, B or 1, ...] of samples that do not mix; `grad` keeps their own graph.
 
     Raises:
-        ValueError: the network was run where it leaves no gradient.
+        ValueError: the network was run where it leaves no gradient, or does not depend on x.
     """
     if not y.requires_grad:
         raise ValueError(NO_GRADIENT)
@@ -158,13 +159,3 @@ def products(y: Tensor, x: Tensor, directions: Tensor, grad: bool) -> Tensor:
             raise ValueError(NO_GRADIENT)
         rows.append(row)
     return torch.stack(rows)
-
-
-def elements(x: Tensor, first: int = 1) -> Tensor:
-    """All dimensions from `first` on as one, also where there are none."""
-    return x.flatten(first) if x.ndim > first else x[..., None]
-
-
-def inner(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    """The inner products over all elements of samples like those of x [B, ...], whose dimensions are the last of u and v."""
-    return (u * v).sum([*range(1 - x.ndim, 0)]) if x.ndim > 1 else u * v

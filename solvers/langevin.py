@@ -7,11 +7,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from solvers.arguments import choice, positive, whole
-from solvers.noise import Brownian, Noise, as_source
+from solvers.noise import Brownian, Noise, as_source, drawn
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
-from solvers.run import State, drawn, execute, started
+from solvers.run import State, execute, started
 
 NORMS = ("sample", "batch")
 

@@ -1,28 +1,23 @@
-"""Log-densities by the probability-flow ODE, bits per dimension; from data to latents and back."""
+"""Log-densities by the probability-flow ODE, by any solver of the library."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from solvers.arguments import flag, increasing, whole
-from solvers.blackbox import odeint
-from solvers.control import Solution
+from solvers.arguments import flag
 from solvers.decoder import Decoder, gaussian
-from solvers.jacobian import Divergence, as_divergence, attached, elements, inner, with_products
+from solvers.elements import elements, inner
+from solvers.jacobian import Divergence, as_divergence, attached, with_products
+from solvers.latents import DOPRI5, Solver, ends_of_solver
 from solvers.methods.exponential import Levels
-from solvers.noise import BINS, Noise, as_source, noised
+from solvers.noise import Noise, as_source, drawn, noised
 from solvers.plan import Plan
-from solvers.predictions import AnyModel, Model, as_model, predictor, two_outputs
-from solvers.run import drawn, run, started, warn_of_training
+from solvers.predictions import AnyModel, Model, as_model, checked_outputs, predictor
+from solvers.run import run, started, warn_of_training
 from solvers.schedules import Inversion, Schedule
-
-Solver = Plan | Callable[..., Solution]
-MOST_BINS = 2**16  # of which single precision has a hundred places in each
-DOPRI5 = functools.partial(odeint, variable="angle")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +70,9 @@ def log_likelihood(
 
     Along the ODE d log |det dw/dx| / dtheta is the divergence of dw/dtheta, w = x / n, n = sqrt(alpha^2 + sigma^2), theta = arctan(sigma /
     alpha): there the linear part is in n, exactly. It is integrated as one more element of x for each probe, by any solver of this library.
-    Of a plan with the `exact` divergence the answer is the plan's own: its Jacobian goes through its rows, so that exp(log_p) has integral 1
-    for any number of steps, and is the density of what the inverse map makes of the prior.
+    Of a plan with the `exact` divergence the answer is the plan's own: its Jacobian goes through its rows, 1 + d states for one, and exp(log_p) is
+    the density of what the inverse of its map makes of the prior. Where the map is one to one it has integral 1, for any number of steps; where
+    steps are so long that it folds, a latent has several x, and each counts.
     Source: Chen et al. 2018 (arXiv 1806.07366), theorem 1; Song et al. 2021 (arXiv 2011.13456), appendix D.2; bound: Lu et al. 2022 (arXiv
     2206.08265), section 6.
 
@@ -104,7 +100,7 @@ def log_likelihood(
         ValueError: no gradient flows through the network; more elements than `exact` takes; a plan that is not for the `Inversion`.
     """
     divergence, model, inverse = as_divergence(divergence), as_model(model), Inversion(schedule)
-    first, last = _ends(schedule, solver, start, stop)
+    first, last = ends_of_solver(schedule, solver, start, stop)
     if isinstance(solver, Plan):
         _check_plan(solver, divergence)
     if decoder is not None and noise is None:
@@ -126,7 +122,7 @@ def log_likelihood(
         if noise is not None:
             eps = drawn(as_source(noise, len(x)), 0, state)
             state, data = noised(state, schedule, last, eps), state
-            at = _level(schedule, last)
+            at = Levels.at_time(schedule, last)
             if at.sigma == 0:
                 raise ValueError(
                     f"sigma = 0 at stop = {last:g}: the states there are the data, and need no noise; leave noise out"
@@ -139,7 +135,7 @@ def log_likelihood(
             latent, volume, nfe = _of_plan(model, solver, state, directions[0], grad)
         else:
             latent, volume, nfe = _of_ode(model, inverse, solver, state, directions, (last, first), grad)
-        deviation = _level(schedule, first).sigma
+        deviation = Levels.at_time(schedule, first).sigma
         density = (
             _density(prior, latent)
             if prior
@@ -160,8 +156,7 @@ def _of_plan(model: Model, plan: Plan, x: Tensor, unit: Tensor, grad: bool) -> t
     """The latent, log |det| of a plan's map [1, B], and calls: its rows carry x and the d tangents of x, [B, 1 + d, ...], as they would x."""
 
     def prediction(x: Tensor, label: Tensor) -> Tensor:
-        m = model.net(x, label)
-        return m if model.variance is None else two_outputs(m, x, "a likelihood")[0]
+        return checked_outputs(model, model.net(x, label), x, f"a plan from t = {plan.times[0]:g}")[0]
 
     def net(states: Tensor, label: Tensor) -> Tensor:
         m, jacobian = with_products(lambda x: prediction(x, label), states[:, 0], unit, grad)
@@ -203,11 +198,8 @@ def _of_ode(
         here, along = states[:, :d].reshape(-1, *x.shape[1:]), directions.flatten(0, 1)
         v, rows = with_products(lambda x: velocity(x, t), here, along, grad)
         traces = inner(rows, along, x).unflatten(0, directions.shape[:2]).sum(1)
-        n = norm(Levels.at(inverse, t)).to(v)
+        n = Levels.at(inverse, t).size.to(v)
         return torch.cat([elements(v), (n * traces).T], 1)
-
-    def norm(at: Levels) -> Tensor:
-        return torch.hypot(at.alpha, at.sigma)
 
     start = torch.cat([elements(x), x.new_zeros(len(x), len(directions))], 1)
     augmented = Model(net, predicts="velocity", label=label)
@@ -218,132 +210,9 @@ def _of_ode(
             augmented, inverse, start, start=ends[0], stop=ends[1], **({"grad": True} if grad else {})
         )
         end, nfe = solution.x, solution.nfe
-    before, behind = (norm(_level(inverse, t)) for t in ends)
+    before, behind = (Levels.at_time(inverse, t).size for t in ends)
     volume = end[:, d:].double().T / behind.to(x.device) + d_log(x, behind / before)
     return end[:, :d].reshape(x.shape), volume, nfe
-
-
-def encode(
-    model: AnyModel,
-    schedule: Schedule,
-    x: Tensor,
-    solver: Solver = DOPRI5,
-    *,
-    start: float | None = None,
-    stop: float | None = None,
-) -> Tensor:
-    """The latent at `start` of states at `stop`, by the probability-flow ODE, [B, ...].
-
-    Args:
-        model: as for `run`.
-        schedule: noise schedule.
-        x: the states at `stop`, [B, ...].
-        solver: as for `log_likelihood`: (model, schedule, x, start=, stop=) -> Solution, or a plan for sv.Inversion(schedule).
-        start: time of the latent; the schedule's own if None, or the plan's.
-        stop: time of x; the schedule's own if None, or the plan's.
-    """
-    first, last = _ends(schedule, solver, start, stop)
-    return _carried(model, Inversion(schedule), x, solver, last, first)
-
-
-def decode(
-    model: AnyModel,
-    schedule: Schedule,
-    z: Tensor,
-    solver: Solver = DOPRI5,
-    *,
-    start: float | None = None,
-    stop: float | None = None,
-) -> Tensor:
-    """The states at `stop` of latents at `start`, [B, ...]; see `encode`. A plan is one for the schedule itself, from noise to data."""
-    first, last = _ends(schedule, solver, start, stop, downwards=True)
-    return _carried(model, schedule, z, solver, first, last)
-
-
-def round_trip_error(
-    model: AnyModel,
-    schedule: Schedule,
-    x: Tensor,
-    solver: Callable[..., Solution] = DOPRI5,
-    *,
-    start: float | None = None,
-    stop: float | None = None,
-) -> Tensor:
-    """The root mean square of decode(encode(x)) - x over the elements of each sample, [B]; arguments as for `encode`, but no plan."""
-    if isinstance(solver, Plan):
-        raise TypeError(
-            "solver is a Plan, which leads one way: compare decode(model, schedule, encode(model, schedule, x, up), down) with x yourself"
-        )
-    there = encode(model, schedule, x, solver, start=start, stop=stop)
-    back = decode(model, schedule, there, solver, start=start, stop=stop)
-    return elements(back - x).square().mean(1).sqrt()
-
-
-def bits_per_dim(
-    log_p: Tensor, shape: Sequence[int], bins: int | None = None, low: float = -1.0, high: float = 1.0
-) -> Tensor:
-    """Bits per dimension of data of whole numbers 0 .. bins - 1 that were spread over [low, high] as by `dequantized`.
-
-    -log_p / (d log 2) + log2(bins / (high - low)): the offset is 7 for 256 bins on [-1, 1], 8 on [0, 1]. Log-probabilities, as of `Decoder(levels=...)`,
-    have none: bins=1, low=0, high=1.
-    Source: Theis et al. 2016 (arXiv 1511.01844), section 3.1.
-
-    Args:
-        log_p: log-densities in nats, [B].
-        shape: of one sample; d is its number of elements.
-        bins: how many values an element has on [low, high].
-        low: where the first bin begins.
-        high: where the last bin ends.
-
-    Raises:
-        ValueError: no bins: there is no number of bits without them.
-    """
-    if bins is None:
-        raise ValueError(
-            "bins = None: a density has as many bits as its unit of volume says; give the number of bins on [low, high], e.g. bins=256 for pixels 0 .. "
-            "255 spread over [-1, 1]; bins=1, low=0, high=1 for log-probabilities"
-        )
-    whole("bins", bins, 1, MOST_BINS, example=256)
-    increasing(low=low, high=high)
-    if not isinstance(shape, Sequence):
-        raise TypeError(f"shape = {shape!r:.100}: expected that of one sample, e.g. x.shape[1:]")
-    d = math.prod(shape)
-    if d < 1:
-        raise ValueError(f"shape = {tuple(shape)}: expected that of one sample, with at least one element")
-    return -log_p / (d * math.log(2)) + math.log2(bins / (high - low))
-
-
-def dequantized(values: Tensor, bins: int, noise: Noise, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """Whole numbers spread evenly over their bins: low + (high - low) (values + U) / bins with U uniform in [0, 1), [B, ...], float32.
-
-    The mean log-density of the result is at most the log-probability of the values less d log((high - low) / bins): `bits_per_dim` is a bound.
-    Source: Theis et al. 2016 (arXiv 1511.01844), section 3.1.
-
-    Args:
-        values: whole numbers 0 .. bins - 1, [B, ...], of any dtype.
-        bins: how many there are.
-        noise: a noise source, a torch.Generator, or an int seed.
-        low: where the first bin begins.
-        high: where the last bin ends.
-
-    Raises:
-        ValueError: a value that is no whole number, or outside 0 .. bins - 1.
-    """
-    whole("bins", bins, 1, MOST_BINS, example=256)
-    increasing(low=low, high=high)
-    if not isinstance(values, Tensor):
-        raise TypeError(
-            f"values is {type(values).__name__}: expected a tensor of whole numbers, e.g. torch.from_numpy(pixels)"
-        )
-    exactly = values.double()
-    bad = ~((exactly >= 0) & (exactly < bins) & (exactly == exactly.round()))
-    if bad.any():
-        raise ValueError(
-            f"values has {exactly[bad][0]:g}: expected whole numbers from 0 to bins - 1 = {bins - 1}"
-        )
-    uniform = torch.special.ndtr(drawn(as_source(noise, len(values), BINS), 0, exactly))
-    x, end = ((low + (high - low) * (exactly + u) / bins).float() for u in (uniform, 1.0))
-    return torch.where(x < end, x, torch.nextafter(end, torch.full_like(end, -math.inf)))
 
 
 def _density(prior: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
@@ -362,55 +231,9 @@ def d_log(x: Tensor, factor: Tensor) -> Tensor:
     return math.prod(x.shape[1:]) * torch.log(factor).to(x.device)
 
 
-def _carried(
-    model: AnyModel, schedule: Schedule, x: Tensor, solver: Solver, start: float, stop: float
-) -> Tensor:
-    if isinstance(solver, Plan):
-        return run(solver, model, x)
-    return solver(model, schedule, x, start=start, stop=stop).x
-
-
-def _ends(
-    schedule: Schedule, solver: Solver, start: float | None, stop: float | None, downwards: bool = False
-) -> tuple[float, float]:
-    """The times of the latent and of the data, once a plan is known to lead from one to the other."""
-    if not isinstance(solver, Plan):
-        if not callable(solver):
-            raise TypeError(
-                f"solver = {solver!r:.100}: expected (model, schedule, x, start=, stop=) -> Solution, e.g. functools.partial(sv.odeint, rtol=1e-8, "
-                "atol=1e-8, variable='angle'), or a plan for sv.Inversion(schedule)"
-            )
-        return schedule.start if start is None else start, schedule.stop if stop is None else stop
-    if not (start is None and stop is None):
-        raise ValueError(
-            "start and stop are the plan's own: leave them out, or build the plan on other times"
-        )
-    ends = solver.times[[0, -1]].tolist()
-    if solver.is_stochastic or (ends[0] > ends[1]) != downwards:
-        kind = "stochastic" if solver.is_stochastic else f"from t = {ends[0]:g} to {ends[1]:g}"
-        expected = (
-            "the schedule, from noise to data"
-            if downwards
-            else "the inversion: method(sv.Inversion(schedule), sv.logsnr(sv.Inversion(schedule), steps))"
-        )
-        raise ValueError(f"the plan is {kind}: expected a deterministic one for {expected}")
-    for name in ("alpha", "sigma"):
-        if not torch.allclose(
-            getattr(schedule, name)(solver.times), getattr(solver, name), rtol=1e-6, atol=1e-9
-        ):
-            raise ValueError(
-                f"the plan's {name} is not that of {schedule!r:.100} at its times: give the schedule that it was built with"
-            )
-    return (ends[0], ends[1]) if downwards else (ends[1], ends[0])
-
-
 def _check_plan(plan: Plan, divergence: Divergence) -> None:
     """Rows with a constant do not carry tangents as they carry x, nor those of single elements a volume."""
     if plan.shift.numel() or (plan.element_shape and not divergence.is_exact):
         raise ValueError(
             "the plan's coefficients are per element, or add a constant: expected one of numbers alone, which carries volumes as it carries x"
         )
-
-
-def _level(schedule: Schedule, t: float) -> Levels:
-    return Levels.at(schedule, torch.tensor(float(t), dtype=torch.float64, device="cpu"))

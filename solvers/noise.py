@@ -265,7 +265,7 @@ def noised(x0: Tensor, schedule: Schedule, t: Tensor | float, noise: Tensor) -> 
     """
     if noise.shape != x0.shape:
         raise ValueError(f"noise has shape {list(noise.shape)}: expected that of x0, {list(x0.shape)}")
-    t = float64(t)
+    t = float64(t).cpu()  # where schedules are computed
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x0)):
         raise ValueError(
             f"t has shape {list(t.shape)}: expected one time, or one for each of the {len(x0)} samples"
@@ -293,6 +293,17 @@ def in_batches(noise: Noise, sizes: Sequence[int]) -> list[Source]:
         return lambda draw, like: source(len(sizes) * draw + k, like)
 
     return [part(k) for k in range(len(sizes))]
+
+
+def drawn(source: Source, number: int, x: Tensor) -> Tensor:
+    """One draw, its contract checked."""
+    z = source(number, x)
+    if not isinstance(z, Tensor) or z.shape != x.shape or z.device != x.device:
+        came = f"shape {list(z.shape)} on {z.device}" if isinstance(z, Tensor) else type(z).__name__
+        raise ValueError(
+            f"noise gave {came} in draw {number}: expected shape {list(x.shape)} on {x.device}, like x"
+        )
+    return z
 
 
 def as_source(noise: Noise, batch: int, stream: int = STEPS) -> Source:

@@ -285,12 +285,18 @@ def outputs_at(
     label_dtype = torch.long if isinstance(read[0], int) else x.dtype
     labels = torch.tensor(read, dtype=label_dtype, device=x.device).expand(len(x))
     given = (scale.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x).to(dtype or x.dtype)
-    second, where = None, f"t = {times[0]:g}"
+    where = f"t = {times[0]:g}"
     try:
         m = model.net(given, labels)
     except Exception as error:
         error.add_note(f"raised by the model at {where}; it was called with x in {given.dtype}")
         raise
+    return checked_outputs(model, m, x, where)
+
+
+def checked_outputs(model: Model, m: Any, x: Tensor, where: str) -> tuple[Tensor, Tensor | None]:
+    """What a network gave for x, its contract checked: its prediction and, if it has one, its second output, in the dtype of x."""
+    second = None
     if model.variance is not None:
         m, second = two_outputs(m, x, where)
     if not isinstance(m, Tensor) or m.shape != x.shape or m.device != x.device or not m.is_floating_point():

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from solvers.grids import has_levels, usual
 from solvers.methods.unipc import recommended
-from solvers.noise import Brownian, Noise, PerSample, Source, as_source, one_id_each
+from solvers.noise import Brownian, Noise, PerSample, Source, as_source, drawn, one_id_each
 from solvers.plan import Plan, last_use
 from solvers.predictions import AnyModel, Model, as_model, two_outputs
 from solvers.rows import (
@@ -419,14 +419,3 @@ def warn_of_training(model: Model, stacklevel: int = 3) -> None:
             "the network is in training mode (dropout, batch statistics): call net.eval()",
             stacklevel=stacklevel,
         )
-
-
-def drawn(source: Source, number: int, x: Tensor) -> Tensor:
-    """One draw, its contract checked."""
-    z = source(number, x)
-    if not isinstance(z, Tensor) or z.shape != x.shape or z.device != x.device:
-        came = f"shape {list(z.shape)} on {z.device}" if isinstance(z, Tensor) else type(z).__name__
-        raise ValueError(
-            f"noise gave {came} in draw {number}: expected shape {list(x.shape)} on {x.device}, like x"
-        )
-    return z

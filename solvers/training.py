@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, positive, whole
-from solvers.grids import logsnr
-from solvers.jacobian import Divergence, as_divergence, elements, inner, products
+from solvers.elements import elements, inner
+from solvers.grids import logsnr, within_logsnr
+from solvers.jacobian import Divergence, as_divergence, products
 from solvers.noise import noised
 from solvers.predictions import AnyModel, Model, conversion, mixture, outputs_at, predictor
 from solvers.schedules import Schedule, float64
@@ -34,8 +35,9 @@ def dsm_loss(model: AnyModel, schedule: Schedule, x0: Tensor, t: Tensor, noise: 
     Raises:
         ValueError: shapes do not fit, or the prediction does not determine the noise at some t.
     """
+    t = host(t)
     x = noised(x0, schedule, t, noise)
-    return _mean_square(noise - predictor(model, schedule, "noise")(x, float64(t)))
+    return _mean_square(noise - predictor(model, schedule, "noise")(x, t))
 
 
 class DSM(NamedTuple):
@@ -85,10 +87,12 @@ def dsm_losses(
     """
     whole("order", order, 2, 3)
     with torch.enable_grad():
-        x = noised(x0, schedule, t, noise).detach().requires_grad_()
+        t = host(t)
+        x = noised(x0, schedule, t, noise)
+        x = x if x.requires_grad else x.requires_grad_()
         v = as_divergence(divergence).directions(x)
-        sigma = schedule.sigma(float64(t).reshape(-1)).to(x).expand(len(x)).reshape(-1, *[1] * (x.ndim - 1))
-        eps = predictor(model, schedule, "noise")(x, float64(t))
+        sigma = schedule.sigma(t.reshape(-1)).to(x).expand(len(x)).reshape(-1, *[1] * (x.ndim - 1))
+        eps = predictor(model, schedule, "noise")(x, t)
         e = (noise - eps).detach()
         groups = [_higher(eps, e, x, sigma, group, order) for group in v]
     d = math.prod(x.shape[1:])
@@ -128,27 +132,30 @@ def loss_weight(schedule: Schedule, t: Tensor, weight: str = "likelihood", gamma
 
     Args:
         schedule: noise schedule.
-        t: times, [] or [B].
+        t: times, [] or [B], on whose device the answer is.
         weight: "noise" | "data" | "velocity" | "likelihood" | "min_snr".
         gamma: of "min_snr".
     """
     choice("weight", weight, WEIGHTS, {"simple": "noise", "x0": "data", "snr": "data", "v": "velocity"})
     positive(gamma=gamma)
-    t = float64(t)
+    device = t.device if isinstance(t, Tensor) else None
+    t = host(t)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     match weight:
         case "noise":
-            return torch.ones_like(t)
+            values = torch.ones_like(t)
         case "data":
-            return (sigma / alpha) ** 2
+            values = (sigma / alpha) ** 2
         case "velocity":
-            return ((alpha**2 + sigma**2) / alpha) ** 2
+            values = ((alpha**2 + sigma**2) / alpha) ** 2
         case "min_snr":
-            return (gamma * (sigma / alpha) ** 2).clamp(max=1.0)
-    with torch.inference_mode(False), torch.enable_grad():
-        here = t.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(schedule.half_logsnr(here).sum(), here)
-    return -slope
+            values = (gamma * (sigma / alpha) ** 2).clamp(max=1.0)
+        case "likelihood":
+            with torch.inference_mode(False), torch.enable_grad():
+                here = t.detach().clone().requires_grad_()
+                (slope,) = torch.autograd.grad(schedule.half_logsnr(here).sum(), here)
+            values = -slope
+    return values.to(device)
 
 
 def importance_times(
@@ -173,12 +180,17 @@ def importance_times(
     Raises:
         ValueError: numbers outside [0, 1], or half log-SNR infinite at an end.
     """
-    u = float64(uniforms)
+    u = host(uniforms)
     if not ((u >= 0) & (u <= 1)).all():
         raise ValueError(f"uniforms = {uniforms!s:.100}: expected numbers in [0, 1], e.g. torch.rand(64)")
     ends = logsnr(schedule, 1, start=start, stop=stop)
-    low, high = sorted(schedule.half_logsnr(ends).tolist())
-    return schedule.time(low + (high - low) * u).clamp(ends.min().item(), ends.max().item()), high - low
+    length = schedule.half_logsnr(ends).diff().abs().item()
+    return within_logsnr(schedule, ends, u), length
+
+
+def host(t: Tensor | float) -> Tensor:
+    """Times in float64 on the host, where schedules are computed."""
+    return float64(t).cpu()
 
 
 def sn_loss(model: Model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -213,7 +225,7 @@ def npr_loss(model: Model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Ten
     See `sn_loss` for the arguments, the model being Model(net, variance="residual", ...).
     """
     x, m, second = _asked(model, "residual", schedule, x0, t, noise)
-    times = float64(t).reshape(-1)
+    times = host(t).reshape(-1)
     level = schedule.alpha(times), schedule.sigma(times)
     weights = conversion(model.mixture(times, *level), mixture("noise", *level), *level)
     from_x, from_m = (v.to(x).reshape(-1, *[1] * (x.ndim - 1)) for v in weights)
@@ -231,7 +243,7 @@ def _asked(
             f"model has {came}: expected Model(net, variance={variance!r}), net giving (prediction, second output)"
         )
     x = noised(x0, schedule, t, noise)
-    m, second = outputs_at(model, schedule, x, float64(t).reshape(-1))
+    m, second = outputs_at(model, schedule, x, host(t).reshape(-1))
     assert second is not None
     return x, m, second
 

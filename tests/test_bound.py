@@ -1,6 +1,7 @@
 """Variational bounds: each term in closed form on Gaussian data, the whole below the log-density and tight where it can be."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -986,3 +987,26 @@ def test_a_plan_is_refused_before_the_network_is_called():
         with pytest.raises(ValueError, match=r"noise|second output|calls"):
             sv.elbo(plan, asked, X0, 0)
     assert asked.times == []
+
+
+def test_a_network_that_is_not_finite_is_named_with_its_call_and_samples():
+    def breaks(x, t):
+        bad = (t[:, None] < 0.3) & (torch.arange(len(x))[:, None] == 1)
+        return torch.where(bad, math.nan, 0.1 * x)
+
+    x0 = normals(3, 3)
+    for act in (
+        lambda: sv.elbo(DDPM, breaks, x0, 0),
+        lambda: sv.continuous_elbo(breaks, VP, x0, 0, pieces=4),
+    ):
+        with pytest.raises(sv.NonFiniteError, match=r"not finite in call \d of the bound") as found:
+            act()
+        assert found.value.samples == [1]
+        assert found.value.time < 0.3
+
+
+def test_noise_beside_that_of_the_second_output_is_refused():
+    plan = sv.ddpm(VP, TIMES, "learned")
+    both = replace(plan, c=torch.full((plan.rows, 1), 0.1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="noise of their own besides"):
+        sv.elbo(both, sv.Model(net, variance="range"), X0, 0)

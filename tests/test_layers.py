@@ -13,6 +13,7 @@ ROOT = Path(sv.__file__).parent
 ROOMS = [
     "phi",
     "arguments",
+    "elements",
     "schedules",
     "discrete",
     "grids",
@@ -22,6 +23,7 @@ ROOMS = [
     "noise",
     "jacobian",
     "decoder",
+    "bits",
     "methods.exponential",
     "methods.tableaux",
     "methods.singlestep",
@@ -40,6 +42,7 @@ ROOMS = [
     "adaptive",
     "adaptive_sde",
     "blackbox",
+    "latents",
     "likelihood",
     "bound",
     "training",

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import solvers as sv
 from problems import FULL, MODELS, NARROW, PROBLEMS, VP, Counted, exact, generator
-from reference import Gaussian, slopes
+from reference import Gaussian, Mixture, slopes
 from reference.orders import grid
 from solvers.blackbox import VARIABLES
 
@@ -1060,3 +1060,57 @@ def test_samples_may_be_numbers(divergence):
         assert numbers.latent.shape == (3,)
         assert_close(numbers.log_p, column.log_p, rtol=1e-12, atol=1e-12)
     assert sv.round_trip_error(cubic, VP, randn(3), FEW, **SHORT).shape == (3,)
+
+
+def test_a_plan_of_long_steps_that_folds_counts_every_x_of_a_latent():
+    """Two narrow peaks, two steps: the map turns back, and the integral of the density is above 1; of smooth data it is 1."""
+    line = torch.linspace(-8, 8, 20001, dtype=torch.float64)[:, None]
+    found = []
+    for deviation in (0.05, 0.7):
+        data = Mixture(
+            torch.tensor([0.5, 0.5]), torch.tensor([[-1.0], [1.0]]), torch.full((2, 1, 1), deviation**2)
+        )
+        back = sv.Inversion(VP)
+        plan = sv.exponential_adams(back, sv.angle(back, 2), order=1, predicts="velocity")
+        density = sv.log_likelihood(data.model(VP), VP, line, solver=plan)
+        turns = (density.latent.diff(dim=0) < 0).any()
+        found.append((bool(turns), float(density.log_p.exp().sum()) * 16 / 20000))
+    assert found[0][0]
+    assert found[0][1] > 1.5
+    assert not found[1][0]
+    assert abs(found[1][1] - 1) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_does_not_determine_the_ode_at_alpha_0_and_odeint_says_so(dtype):
+    x = torch.zeros(2, 3, dtype=dtype)
+    for schedule in (sv.Flow(), sv.Discrete.linear(10).zero_terminal_snr()):
+        with pytest.raises(ValueError, match="noise prediction does not determine velocity at t = 1"):
+            sv.odeint(sv.Model(lambda x, t: 0.9 * x, label=lambda t: t), schedule, x, variable="angle")
+
+
+def test_a_norm_of_the_user_s_leaves_gradients_alone_and_scipy_is_refused():
+    x = X[:2, :1].clone().requires_grad_()
+    options = {"norm": lambda y: y.abs().max()}
+    solver = partial(sv.odeint, rtol=1e-6, atol=1e-6, variable="angle", options=options)
+    found = sv.log_likelihood(cubic, VP, x, solver=solver, grad=True)
+    (slope,) = torch.autograd.grad(found.log_p[0], x)
+    assert slope[1] == 0
+    with pytest.raises(ValueError, match="scipy keeps no graph"):
+        sv.odeint(cubic, VP, x, "scipy_solver", grad=True)
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda x: torch.cat([x, x], 1), lambda x: (x, x)], ids=["channels", "pair"]
+)
+def test_an_answer_of_the_wrong_shape_is_refused_by_plans_as_by_odeint(answer):
+    for solver in (UP, FEW):
+        with pytest.raises(ValueError, match=r"the model returned .* expected floating point"):
+            ll(model=lambda x, t: answer(x), solver=solver, **({} if solver is UP else SHORT))
+
+
+def test_a_probe_for_each_sample_is_asked_of_a_source():
+    with pytest.raises(ValueError, match=r"noise gave shape \[1, 3\]"):
+        ll(divergence=sv.hutchinson(noise=lambda k, x: torch.randn(1, 3)))
+    with pytest.raises(TypeError, match="noise is NoneType"):
+        sv.hutchinson(noise=None)

@@ -8,6 +8,7 @@ The data are scikit-learn's 1797 digits of 8 x 8 pixels with 17 values; the last
 
 import argparse
 import functools
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,23 +157,26 @@ def bits(model: sv.Model, pixels: Tensor) -> dict[str, tuple[float, float]]:
     solver = functools.partial(sv.odeint, rtol=1e-4, atol=1e-4, variable="angle")
     of_bins = functools.partial(sv.bits_per_dim, shape=shape, bins=VALUES)
     of_values = functools.partial(sv.bits_per_dim, shape=shape, bins=1, low=0.0, high=1.0)
-    grid = torch.arange(VALUES, dtype=torch.float64) / VALUES * 2 - 1 + 1 / VALUES  # the middles of the bins
-    ends = {"noise": 0, "solver": solver}
+    middles = (2 * torch.arange(VALUES, dtype=torch.float64) + 1) / VALUES - 1  # of the bins
+    half = float(
+        SCHEDULE.time(torch.tensor(float(VALUES), dtype=torch.float64).log())
+    )  # where the noise fills half a bin
+    values = {"decoder": sv.Decoder(levels=middles), "stop": half}
     found = {
-        "ODE, dequantised": of_bins(sv.log_likelihood(model, SCHEDULE, x, sv.hutchinson(8), **ends).log_p),
+        "ODE, dequantised": of_bins(
+            sv.log_likelihood(model, SCHEDULE, x, sv.hutchinson(8), solver, noise=0).log_p
+        ),
         "SDE, dequantised": of_bins(sv.continuous_elbo(model, SCHEDULE, x, 0, pieces=100).log_p),
         "SDE, values": of_values(
-            sv.continuous_elbo(
-                model, SCHEDULE, grid[pixels.long()].float(), 0, pieces=100, decoder=sv.Decoder(levels=grid)
-            ).log_p
+            sv.continuous_elbo(model, SCHEDULE, middles[pixels.long()].float(), 0, pieces=100, **values).log_p
         ),
     }
     return {name: (float(v.mean()), float(v.std() / len(v) ** 0.5)) for name, v in found.items()}
 
 
-def report(out: Path, path: Path = WEIGHTS, count: int = HELD_OUT) -> None:
-    """Samples of every solver from the same noise, their errors, and bits per dimension."""
-    model = load(path)
+def report(out: Path, path: Path = WEIGHTS, count: int = HELD_OUT) -> str:
+    """Draw samples of every solver from the same noise; their errors, the network's and bits per dimension as tables in Markdown."""
+    model, pixels = load(path), images()[1][:count]
     out.mkdir(parents=True, exist_ok=True)
     found = errors(model, torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     figure, panels = plt.subplots(len(found), 1, figsize=(8, 1.05 * len(found)))
@@ -180,17 +184,21 @@ def report(out: Path, path: Path = WEIGHTS, count: int = HELD_OUT) -> None:
         panel.imshow(torch.cat([*samples[:, 0]], 1).numpy(), cmap="gray_r", vmin=-1, vmax=1)
         panel.set_title(f"{name}: error {error:.2g}" if error else name, fontsize=8, loc="left", pad=2)
         panel.axis("off")
-        print(f"| {name} | {error:.3f} |" if error else "| solver | error |\n|---|---|")
     figure.tight_layout()
     figure.savefig(out / "digits_unet.png", dpi=120)
     plt.close(figure)
-    pixels = images()[1][:count]
-    print("\n| half log-SNR | error of the data prediction |\n|---|---|")
-    for half_logsnr, error in data_errors(model, pixels).items():
-        print(f"| {half_logsnr} | {error:.2f} |")
-    print("\n| bits per dimension | of images held out |\n|---|---|")
-    for name, (mean, error) in bits(model, pixels).items():
-        print(f"| {name} | {mean:.3f} ± {error:.3f} |")
+    solvers = {name: f"{error:.3f}" for name, (error, _) in found.items() if error}
+    levels = {str(level): f"{error:.2f}" for level, error in data_errors(model, pixels).items()}
+    costs = {name: f"{mean:.3f} ± {error:.3f}" for name, (mean, error) in bits(model, pixels).items()}
+    tables = {
+        ("solver", "error"): solvers,
+        ("half log-SNR", "error of the data prediction"): levels,
+        ("bits per dimension by", f"{len(pixels)} images held out"): costs,
+    }
+    return "\n\n".join(
+        "\n".join(f"| {a} | {b} |" for a, b in [heads, ("---", "---"), *rows.items()])
+        for heads, rows in tables.items()
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -202,11 +210,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument(
+        "--into", type=Path, help="a page whose tables between 'begin digits' and 'end digits' are replaced"
+    )
     given = parser.parse_args(argv)
     if given.what == "train":
         train(given.steps, given.weights)
-    else:
-        report(given.out, given.weights)
+        return
+    text = report(given.out, given.weights)
+    print(text)
+    if given.into:
+        page = given.into.read_text(encoding="utf-8")
+        marked = r"(?s)(<!-- begin digits -->\n).*?(<!-- end digits -->)"
+        given.into.write_text(re.sub(marked, lambda m: m[1] + text + "\n" + m[2], page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,16 @@ class Levels:
         """The levels on a grid, once `given` has checked it."""
         return Levels.at(schedule, given(schedule, times), clock)
 
+    @staticmethod
+    def at_time(schedule: Schedule, t: float) -> "Levels":
+        """The level at one time, []."""
+        return Levels.at(schedule, torch.tensor(float(t), dtype=torch.float64, device="cpu"))
+
+    @property
+    def size(self) -> Tensor:
+        """sqrt(alpha^2 + sigma^2), by which the states of all schedules of one ODE are the same."""
+        return torch.hypot(self.alpha, self.sigma)
+
     def __len__(self) -> int:
         return len(self.times)
 
