@@ -46,7 +46,7 @@ def trajectory_slopes(build, problem, span, spacing, halved=0):
     [
         ("line", NARROW, even),
         ("line", NARROW, uneven),
-        ("line", FULL, even),
+        pytest.param("line", FULL, even, marks=pytest.mark.slow),
         ("line", FULL, uneven),
         ("eight", NARROW, even),
     ],
