@@ -289,14 +289,20 @@ def _between(schedule: Schedule, times: Tensor, ends: tuple[float, float]) -> Te
 def _finite_half_logsnr(schedule: Schedule, ends: tuple[float, float]) -> tuple[float, float]:
     first, last = schedule.half_logsnr(torch.tensor(ends, dtype=torch.float64, device="cpu")).tolist()
     if math.isinf(first):
-        raise ValueError(
-            f"start = {ends[0]:g} has alpha = 0 (half log-SNR -inf): give a start below it, e.g. start={ends[0] * 0.999:g}"
-        )
+        raise ValueError(_at_infinity("start", *ends, first))
     if math.isinf(last):
-        raise ValueError(
-            f"stop = {ends[1]:g} has sigma = 0 (half log-SNR inf): give a stop above it, e.g. stop=0.001"
-        )
+        raise ValueError(_at_infinity("stop", *ends[::-1], last))
     return first, last
+
+
+def _at_infinity(name: str, end: float, other: float, half_logsnr: float) -> str:
+    """What is wrong with an end of infinite log-SNR, of a schedule or of its inversion, and what to write."""
+    zero = "alpha" if half_logsnr < 0 else "sigma"
+    inside = 0.999 * end if end else 0.001
+    return (
+        f"{name} = {end:g} has {zero} = 0 (half log-SNR {half_logsnr:g}): give a {name} {'below' if other < end else 'above'} it, e.g. {name}={inside:g}, or "
+        "take `angle`, on which it is a time like others"
+    )
 
 
 def _on_levels(schedule: Discrete, calls: Tensor, ends: tuple[float, float]) -> Tensor:

@@ -103,7 +103,7 @@ def ends_of_solver(
         expected = (
             "the schedule, from noise to data"
             if downwards
-            else "the inversion: method(sv.Inversion(schedule), sv.logsnr(sv.Inversion(schedule), steps))"
+            else "the inversion: method(sv.Inversion(schedule), sv.angle(sv.Inversion(schedule), steps))"
         )
         raise ValueError(f"the plan is {kind}: expected a deterministic one for {expected}")
     for name in ("alpha", "sigma"):

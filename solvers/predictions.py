@@ -257,7 +257,8 @@ def predictor(
         undetermined = ~(weights[0].isfinite() & weights[1].isfinite())
         if undetermined.any():
             raise ValueError(
-                f"a {model.predicts} prediction does not determine {want} at t = {times[undetermined][0]:g}"
+                f"a {model.predicts} prediction does not determine {want} at t = {times[undetermined][0]:g}; keep away from it (start=, stop=), where alpha "
+                "or sigma is 0, or use a network that predicts velocity or flow"
             )
         from_x, from_m = (v.to(x).reshape(-1, *[1] * (x.ndim - 1)) for v in weights)
         m, _ = outputs_at(model, schedule, x, times, dtype)

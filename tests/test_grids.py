@@ -200,3 +200,15 @@ def test_a_grid_is_a_copy():
     grids = sv.given(sv.VP(), times), sv.given(sv.VP(), array), sv.ddim(sv.VP(), times).times
     times[1] = array[1] = 0.7
     assert all(grid.tolist() == [1.0, 0.5, 0.1] for grid in grids)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "start", "stop"),
+    [(sv.Flow(), "start=0.999", "stop=0.001"), (sv.Inversion(sv.Flow()), "start=0.001", "stop=0.999")],
+)
+def test_an_end_of_infinite_log_snr_is_named_with_what_is_0_there_and_what_to_write(schedule, start, stop):
+    zeros = ("alpha", "sigma") if schedule.start > schedule.stop else ("sigma", "alpha")
+    with pytest.raises(ValueError, match=f"start = .* has {zeros[0]} = 0 .* {start}, or take `angle`"):
+        sv.logsnr(schedule, 5)
+    with pytest.raises(ValueError, match=f"stop = .* has {zeros[1]} = 0 .* {stop}, or take `angle`"):
+        sv.karras(schedule, 5, start=0.5)

@@ -208,7 +208,7 @@ def test_a_ramp_costs_the_order_that_a_singlestep_start_keeps(order, predicts):
     assert trajectory_slopes(build("singlestep"), "line", NARROW, even)[-1] == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("span", [NARROW, FULL], ids=["narrow", "full"])
+@pytest.mark.parametrize("span", [NARROW, pytest.param(FULL, marks=pytest.mark.slow)], ids=["narrow", "full"])
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("nfe_mod_3", [0, 1, 2])
 def test_dpm_solver_fast_has_the_order_of_its_last_steps(nfe_mod_3, problem, span):

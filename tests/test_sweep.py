@@ -25,6 +25,7 @@ def places(schedules, grids):
 LEVELS = places({"ddpm": sv.Discrete.linear(1000)}, (sv.angle_levels, sv.trailing, sv.leading, sv.linspace))
 PLACES = places({"vp": sv.VP()}, GRIDS) | places({"flow": sv.Flow()}, (sv.uniform, sv.angle)) | LEVELS
 OTHER_PLACES = places({"edm": EDM, "cosine": sv.Cosine(), "subvp": sv.SubVP()}, GRIDS)
+ALIKE = {"vp power", "vp karras", "ddpm linspace"}  # to others
 EVERYWHERE = PLACES | OTHER_PLACES
 FORMS = {name: build(sv.VP(), sv.logsnr(sv.VP(), 2)).predicts for name, build in BUILDS.items()}
 
@@ -66,7 +67,9 @@ def check(name, schedule, grid, steps):
         assert end.abs().max() < 3, end  # the data lies within (-2.2, 2.4)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=[pytest.mark.slow] * (place in ALIKE)) for place in PLACES]
+)
 @pytest.mark.parametrize("name", BUILDS)
 def test_few_steps(name, place):
     for steps in FEW:
