@@ -160,6 +160,7 @@ def continuous_elbo(
             nothing = data.new_zeros(0, dtype=torch.float64)
             return Bound(nothing, nothing.expand(pieces, 0), nothing)
         source = as_source(noise, len(data))
+        to_noise, to_data = (predictor(model, schedule, want, dtype=x0.dtype) for want in ("noise", "data"))
         terms, times = [], []
         for k in range(pieces):
             clock = drawn(source, 2 * k, data.new_zeros(len(data), dtype=torch.float64))
@@ -167,13 +168,11 @@ def continuous_elbo(
             t = within_logsnr(schedule, ends, share)
             times.append(t)
             eps = drawn(source, 2 * k + 1, data)
-            error = eps - predictor(model, schedule, "noise", dtype=x0.dtype)(
-                noised(data, schedule, t, eps), t
-            )
+            error = eps - to_noise(noised(data, schedule, t, eps), t)
             terms.append((high - low) / pieces * elements(error.double().square()).sum(1))
         x = noised(data, schedule, ends[1], drawn(source, 2 * pieces, data))
         times.append(ends[1].expand(len(data)))
-        mean = predictor(model, schedule, "data", dtype=x0.dtype)(x, ends[1])
+        mean = to_data(x, ends[1])
         alpha, sigma = (torch.stack([f(t) for t in ends]).tolist() for f in (schedule.alpha, schedule.sigma))
         reconstruction = (decoder or Decoder()).log_p(data, mean, sigma[1] / alpha[1])
         prior = _prior(data, alpha[0], sigma[0], prior_variance)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import numbers, whole
-from solvers.schedules import Schedule, float64
+from solvers.schedules import Schedule, host
 
 # (number of the draw, a tensor like it) -> standard normals of that shape
 Source = Callable[[int, Tensor], Tensor]
@@ -265,7 +265,7 @@ def noised(x0: Tensor, schedule: Schedule, t: Tensor | float, noise: Tensor) -> 
     """
     if noise.shape != x0.shape:
         raise ValueError(f"noise has shape {list(noise.shape)}: expected that of x0, {list(x0.shape)}")
-    t = float64(t).cpu()  # where schedules are computed
+    t = host(t)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x0)):
         raise ValueError(
             f"t has shape {list(t.shape)}: expected one time, or one for each of the {len(x0)} samples"

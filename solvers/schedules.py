@@ -47,6 +47,11 @@ def float64(value: Tensor | float) -> Tensor:
     )
 
 
+def host(t: Tensor | float) -> Tensor:
+    """Times in float64 on the host, where schedules are computed."""
+    return float64(t).cpu()
+
+
 def inside(t: Tensor | float, last: float = 1.0) -> Tensor:
     """The time as float64, inside [0, last]."""
     t = float64(t)

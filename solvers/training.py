@@ -12,7 +12,7 @@ from solvers.grids import logsnr, within_logsnr
 from solvers.jacobian import Divergence, as_divergence, products
 from solvers.noise import noised
 from solvers.predictions import AnyModel, Model, conversion, mixture, outputs_at, predictor
-from solvers.schedules import Schedule, float64
+from solvers.schedules import Schedule, host
 
 WEIGHTS = ("noise", "data", "velocity", "likelihood", "min_snr")
 
@@ -186,11 +186,6 @@ def importance_times(
     ends = logsnr(schedule, 1, start=start, stop=stop)
     length = schedule.half_logsnr(ends).diff().abs().item()
     return within_logsnr(schedule, ends, u), length
-
-
-def host(t: Tensor | float) -> Tensor:
-    """Times in float64 on the host, where schedules are computed."""
-    return float64(t).cpu()
 
 
 def sn_loss(model: Model, schedule: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
