@@ -17,7 +17,7 @@ def law(plan: Plan, data: Gaussian, start: Gaussian | None = None) -> Gaussian:
     """The law of the plan's output for data ~ `data`, from `start` (the exact marginal at times[0] when None).
 
     Per eigen-direction of data.cov every register is affine in (1, x_init - E x_init, z_0, .., z_{N-1}), so the
-    rows of the plan act on these coefficients, and so does the exact prediction, a combination of
+    rows of the plan act on these coefficients, and so does the exact prediction, a combination of::
 
         noise = sigma (x - alpha mu) / P,   data = mu + alpha v (x - alpha mu) / P,   P = alpha^2 v + sigma^2.
 
@@ -72,7 +72,7 @@ def law(plan: Plan, data: Gaussian, start: Gaussian | None = None) -> Gaussian:
 def path_kl(plan: Plan, data: Gaussian) -> float:
     """KL divergence, in nats, of the forward process at all the plan's times from the plan's own path, which starts exactly.
 
-    For plans whose rows read no earlier call or draw, x_t | x_s ~ N(a x_s + b m(x_s), c^2), and per eigen-direction
+    For plans whose rows read no earlier call or draw, x_t | x_s ~ N(a x_s + b m(x_s), c^2), and per eigen-direction::
 
         sum over rows of .5 [v / c^2 + E (mean - mean_plan)^2 / c^2 - 1 - log(v / c^2)],
 

@@ -1,6 +1,6 @@
 """Diffusion samplers as tables of float64 coefficients, executed by one loop."""
 
-from solvers import noise
+from solvers import adapters, guidance, noise
 from solvers.adaptive import adaptive, replay
 from solvers.adaptive_sde import adaptive_sde
 from solvers.bits import bits_per_dim, dequantized
@@ -65,7 +65,7 @@ from solvers.methods.stochastic import (
 from solvers.methods.unipc import corrected, recommended, unipc
 from solvers.noise import noised
 from solvers.plan import Plan, fold
-from solvers.predictions import Model, centred, convert
+from solvers.predictions import Model, centred, checkpointed, convert
 from solvers.run import NonFiniteError, State, run, sample, trajectory
 from solvers.schedules import EDM, VE, VP, Cosine, Flow, Inversion, LogSNR, Schedule, SubVP
 from solvers.training import (
@@ -104,6 +104,7 @@ __all__ = [
     "State",
     "Statistics",
     "SubVP",
+    "adapters",
     "adaptive",
     "adaptive_sde",
     "analytic_dpm",
@@ -112,6 +113,7 @@ __all__ = [
     "angle_levels",
     "bits_per_dim",
     "centred",
+    "checkpointed",
     "churn",
     "continuous_elbo",
     "convert",
@@ -144,6 +146,7 @@ __all__ = [
     "gaussian_gamma",
     "gaussian_statistics",
     "given",
+    "guidance",
     "heun",
     "hutchinson",
     "importance_times",

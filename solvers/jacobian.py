@@ -122,13 +122,13 @@ def with_products(
     return (y, rows) if grad else (y.detach(), rows)
 
 
-def attached(net: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
+def attached(net: Callable[..., Any]) -> Callable[..., Any]:
     """The network, whose first answer is looked at for a gradient to x; a conversion would hide that it has none."""
     known = False
 
-    def checked(x: Tensor, label: Tensor) -> Any:
+    def checked(x: Tensor, *given: Any) -> Any:
         nonlocal known
-        answer = net(x, label)
+        answer = net(x, *given)
         m = answer[0] if isinstance(answer, tuple) else answer
         if not known and isinstance(m, Tensor):
             if (

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,11 +156,11 @@ def log_likelihood(
 def _of_plan(model: Model, plan: Plan, x: Tensor, unit: Tensor, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The latent, log |det| of a plan's map [1, B], and calls: its rows carry x and the d tangents of x, [B, 1 + d, ...], as they would x."""
 
-    def prediction(x: Tensor, label: Tensor) -> Tensor:
-        return checked_outputs(model, model.net(x, label), x, f"a plan from t = {plan.times[0]:g}")[0]
+    def prediction(x: Tensor, *given: Any) -> Tensor:
+        return checked_outputs(model, model.net(x, *given), x, f"a plan from t = {plan.times[0]:g}")[0]
 
-    def net(states: Tensor, label: Tensor) -> Tensor:
-        m, jacobian = with_products(lambda x: prediction(x, label), states[:, 0], unit, grad)
+    def net(states: Tensor, *given: Any) -> Tensor:
+        m, jacobian = with_products(lambda x: prediction(x, *given), states[:, 0], unit, grad)
         tangents = torch.einsum("kbi,bji->bjk", elements(jacobian, 2), elements(states[:, 1:], 2))
         return torch.cat([m[:, None], tangents.reshape(states[:, 1:].shape)], 1)
 

@@ -26,7 +26,7 @@ def _none() -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A sampler as data. Row i is one network call and one linear combination:
+    """A sampler as data. Row i is one network call and one linear combination::
 
         m_i = model(x, times[i]);   x <- a_i x + sum_j b_ij m_{i-j} + sum_k c_ik z_{i-k} + shift_i
 
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def window(self) -> int:
-        """How many outputs a row may read: the newest and window - 1 before it."""
+        """How many outputs a row may read, the newest and window - 1 before it."""
         return self.b.shape[1]
 
     @property

@@ -7,10 +7,12 @@ prediction follows from any other and x by solving two equations.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from solvers.arguments import choice, number
 from solvers.schedules import Schedule, float64, in_lanes
@@ -46,18 +48,22 @@ class Model:
             [-1, 1] between the logarithms of a row's least and most variance (Improved DDPM); "square" E[eps^2 | x], or
             "residual" E[(eps - prediction)^2 | x], element by element (SN-DPM, NPR-DPM). Plans whose noise does not depend on
             it leave it aside.
+        weights: what `solvers.guidance` makes of a model has it: (t, alpha, sigma), each [N] float64 -> tensors [N] in tuples, numbers
+            of each call that are known before it. The net is then called as net(x, label, weights, dtype), with the numbers of its
+            call, x in the state's dtype and the dtype in which networks are to be called.
 
     Raises:
-        TypeError: net or label is not callable.
+        TypeError: net, label or weights is not callable.
         ValueError: predicts or variance is not one of those.
     """
 
-    net: Callable[[Tensor, Tensor], Any]
+    net: Callable[..., Any]
     predicts: str = "noise"
     label: Callable[[Tensor], Tensor] | None = None
     schedule: Schedule | None = None
     sigma_data: float = 0.5
     variance: str | None = None
+    weights: Callable[[Tensor, Tensor, Tensor], tuple] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.net, Model):
@@ -68,6 +74,8 @@ class Model:
             raise TypeError(
                 f"label = {self.label!r} is not callable: expected a function of t, e.g. label=schedule.label"
             )
+        if self.weights is not None and not callable(self.weights):
+            raise TypeError(f"weights = {self.weights!r:.100} is not callable: leave it to solvers.guidance")
         choice("predicts", self.predicts, PREDICTIONS, ALIASES)
         if self.variance is not None:
             choice("variance", self.variance, VARIANCES, {"learned_range": "range"})
@@ -104,6 +112,11 @@ class Model:
                 f"label gave {answer!s:.200}: expected a finite number for each of the {len(times)} calls"
             )
         return labels.tolist()
+
+
+def picked(weights: tuple, pick: Callable[[Any], Any]) -> tuple:
+    """The same tuples, with something made of each of a model's weights."""
+    return tuple(picked(w, pick) if isinstance(w, tuple) else pick(w) for w in weights)
 
 
 AnyModel = Model | Callable[[Tensor, Tensor], Tensor]
@@ -224,14 +237,24 @@ def centred(model: AnyModel, mean: Tensor) -> Model:
         )
     moved = 1.0 if model.predicts == "data" else 0.0
 
-    def net(x: Tensor, label: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        m = model.net(x + mean.to(x), label)
+    def net(x: Tensor, label: Tensor, *level: Any) -> Tensor | tuple[Tensor, Tensor]:
+        m = model.net(x + mean.to(x), label, *level)
         if model.variance is None:
             return m - moved * mean.to(x) if isinstance(m, Tensor) else m
         m, second = two_outputs(m, x, "the model of x - mean")
         return m - moved * mean.to(m), second
 
     return replace(model, net=net)
+
+
+def checkpointed(model: AnyModel) -> Model:
+    """The model, whose activations are made again on the way back: gradients through a run, `grad=True`, in the memory of one call.
+
+    A run keeps x of every call then, and nothing of the network's inside; the network is called twice.
+    Source: Chen et al. 2016 (arXiv 1604.06174), by torch.utils.checkpoint.
+    """
+    model = as_model(model)
+    return replace(model, net=partial(checkpoint, model.net, use_reentrant=False))
 
 
 def predictor(
@@ -285,14 +308,29 @@ def outputs_at(
     read = model.labels(times)
     label_dtype = torch.long if isinstance(read[0], int) else x.dtype
     labels = torch.tensor(read, dtype=label_dtype, device=x.device).expand(len(x))
-    given = (scale.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x).to(dtype or x.dtype)
+    given = scale.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x
+    level: tuple = ()
+    if model.weights is None:
+        given = given.to(dtype or x.dtype)
+    else:
+        weights = in_lanes(partial(_weights_at, model, schedule), times)
+        column = [-1] + [1] * (x.ndim - 1)
+        level = (
+            picked(weights, lambda w: w.item() if len(w) == 1 else w.to(x).reshape(column)),
+            dtype or x.dtype,
+        )
     where = f"t = {times[0]:g}"
     try:
-        m = model.net(given, labels)
+        m = model.net(given, labels, *level)
     except Exception as error:
         error.add_note(f"raised by the model at {where}; it was called with x in {given.dtype}")
         raise
     return checked_outputs(model, m, x, where)
+
+
+def _weights_at(model: Model, schedule: Schedule, times: Tensor) -> tuple:
+    assert model.weights is not None
+    return model.weights(times, schedule.alpha(times), schedule.sigma(times))
 
 
 def checked_outputs(model: Model, m: Any, x: Tensor, where: str) -> tuple[Tensor, Tensor | None]:

@@ -1,13 +1,15 @@
 """A plan's rows as the executor takes them: the model's prediction folded in, applied in as few passes as can be."""
 
+import itertools
 import math
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from solvers.plan import Plan, last_use, nonzero
-from solvers.predictions import Model, conversion
+from solvers.predictions import Model, conversion, picked
 
 # (y, scale, u, weight), numbers: y <- scale y + weight u, in place
 ScaledAdd = tuple[Tensor, Any, Tensor, Any]
@@ -47,6 +49,7 @@ class Row(NamedTuple):
     as_formula: bool = False  # weights per element, or a shift: no scaled additions
     is_called: bool = True
     variance: "Variance | None" = None
+    weights: tuple | None = None  # of a guided model, numbers; see `Model.weights`
 
 
 def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
@@ -82,6 +85,7 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
     swap = weights(torch.stack([b0 + a / from_x, -a * from_m / from_x], 1))
     shift = weights(plan.shift) if plan.shift.numel() else [0.0] * plan.rows
     variances = _variances(plan, model, (p, q))
+    level_weights = _level_weights(plan, model, called)
     return [
         Row(
             label=labels[i],
@@ -97,6 +101,7 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
             as_formula=formula,
             is_called=called[i],
             variance=variances[i],
+            weights=level_weights[i],
         )
         for i in range(plan.rows)
     ]
@@ -104,10 +109,19 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
 
 def _labels(plan: Plan, model: Model, called: list[bool]) -> list[float] | list[int]:
     """What the net reads in each row; in rows that do not call it, whatever."""
-    if all(called):
-        return model.labels(plan.times[:-1])
     labels = iter(model.labels(plan.times[:-1][torch.tensor(called, device="cpu")]))
     return [next(labels) if is_called else 0 for is_called in called]
+
+
+def _level_weights(plan: Plan, model: Model, called: list[bool]) -> list[tuple | None]:
+    """What a guided model's net is given in each row that calls it."""
+    if model.weights is None:
+        return [None] * plan.rows
+    here = torch.tensor(called, device="cpu")
+    weights = model.weights(plan.times[:-1][here], plan.alpha[:-1][here], plan.sigma[:-1][here])
+    columns, count = picked(weights, lambda w: w.tolist()), itertools.count()
+    numbered = [next(count) if is_called else None for is_called in called]
+    return [None if n is None else picked(columns, itemgetter(n)) for n in numbered]
 
 
 def _variances(plan: Plan, model: Model, have: tuple[Tensor, Tensor]) -> list[Variance | None]:

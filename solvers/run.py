@@ -214,12 +214,17 @@ def execute(
     callback: Callable[[State], None] | None = None,
     progress: bool = False,
     grad: bool = False,
+    check: bool = True,
 ) -> Tensor:
-    """The loop: the rows from the state's on and before `stop`, all of it checked already. It overwrites state.x."""
+    """The loop: the rows from the state's on and before `stop`, all of it checked already. It overwrites state.x, unless there is a callback.
+
+    Without `check` nobody looks whether the outputs are finite, and nothing is read back from a device.
+    """
     x, outputs, draws = state.x, dict(state.outputs), dict(state.draws)
     reuse = callback is None and not grad
     last_draw = last_use(plan.c)
-    late = _is_read_late(x)
+    late = check and _is_read_late(x)
+    at_once = check and not late
     norms, made = [_norm(x)] if late else [], []
     unit = _unit(plan) if progress else ""
     for i in tqdm(range(state.call, stop), disable=not progress, initial=state.call, total=stop, unit=unit):
@@ -234,13 +239,13 @@ def execute(
             if row.variance and second is not None:
                 if late:
                     norms[-1] = torch.maximum(norms[-1], _norm(second.detach()))
-                elif not is_finite(second.detach()):
+                elif at_once and not is_finite(second.detach()):
                     raise _non_finite(plan, i, _norm(second.detach()), state_was_finite=is_finite(x.detach()))
                 deviation = deviation_of(row.variance, model.variance, x, m, second)
             if grad or row.as_formula:
-                new = combined(row, x, m, outputs, i, check=not late)
+                new = combined(row, x, m, outputs, i, check=at_once)
             else:
-                new = combined_in_place(row, x, m, outputs, i, reuse, check=not late)
+                new = combined_in_place(row, x, m, outputs, i, reuse, check=at_once)
             if new is None:
                 # the row may have been applied to part of x already: where m is finite, x still is what it was, finite or not
                 blameless = bool((x.isfinite() | ~m.isfinite()).all())
@@ -297,12 +302,13 @@ def called(
 ) -> tuple[Tensor, Tensor | None]:
     """One network call, its contract checked: the prediction, and the second output if the model has one."""
     given = x if row.input_scale == 1 else x * row.input_scale
-    given = given if given.dtype == dtype else given.to(dtype)
+    guided = () if row.weights is None else (row.weights, dtype)
+    given = given if guided or given.dtype == dtype else given.to(dtype)
     label_dtype = torch.long if isinstance(row.label, int) else x.dtype
     label = torch.full((len(x),), row.label, dtype=label_dtype, device=x.device)
     version = 0 if given.is_inference() else given._version
     try:
-        m = model.net(given, label)
+        m = model.net(given, label, *guided)
     except Exception as error:
         error.add_note(
             f"raised by the model in {_where(plan, call)}, half log-SNR = {plan.half_logsnr[call]:g}; it was called with x in "

@@ -19,11 +19,11 @@ class Schedule(Protocol):
 
     @property
     def start(self) -> float:
-        """The default first time of a grid: noise."""
+        """The default first time of a grid, at noise."""
 
     @property
     def stop(self) -> float:
-        """The default last time of a grid: data."""
+        """The default last time of a grid, at data."""
 
     def alpha(self, t: Tensor) -> Tensor:
         """Weight of the data."""
@@ -231,7 +231,7 @@ class VE:
         increasing(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1."""
+        """1 at every time."""
         return torch.ones_like(inside(t))
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class EDM:
         return self.sigma_min
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1."""
+        """1 at every time."""
         return torch.ones_like(inside(t, math.inf))
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -334,12 +334,12 @@ class Inversion:
 
     @property
     def start(self) -> float:
-        """Where the schedule stops: data."""
+        """Where the schedule stops, at data."""
         return self.schedule.stop
 
     @property
     def stop(self) -> float:
-        """Where the schedule starts: noise."""
+        """Where the schedule starts, at noise."""
         return self.schedule.start
 
     def alpha(self, t: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def dsm_losses(
 ) -> DSM:
     """Denoising score matching of orders 1 to 3, which bound the KL divergence of the ODE's density where order 1 alone does not.
 
-    With the score s = -eps^ / sigma of the network, its Jacobian S and e = eps - eps^, held constant like S where it is not the matched term:
+    With the score s = -eps^ / sigma of the network, its Jacobian S and e = eps - eps^, held constant like S where it is not the matched term::
 
         first:  ||e||^2 / d
         second: ||sigma^2 S + 1 - e e^T||_F^2 / d^2

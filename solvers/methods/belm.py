@@ -11,7 +11,7 @@ from solvers.schedules import Schedule
 def obelm(schedule: Schedule, times: Tensor) -> Plan:
     """O-BELM: the variable-step leapfrog rule in sigma / alpha, exactly invertible: from two neighbouring states back to the first.
 
-    Order 2; 1 call per step; ODE; noise form. With y = x / alpha and h_n = rho_{n+1} - rho_n,
+    Order 2; 1 call per step; ODE; noise form. With y = x / alpha and h_n = rho_{n+1} - rho_n::
 
         y_{n+1} - y_n = -(h_n / h_{n-1})^2 (y_n - y_{n-1}) + (1 + h_n / h_{n-1}) h_n eps_n;
 

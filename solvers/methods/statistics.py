@@ -126,7 +126,7 @@ def dpm_solver_v3(
 
     Order p + 1 but 3 for p = 3, without corrector p but 2 for p = 3; 1 call per step; ODE; mixture form, per element.
     With N = sigma eps - l x, f = N / alpha, L = int l, S = int s and B = int e^{-S} b over the step, g = e^{-S} f - B is
-    constant where the fit is exact, and
+    constant where the fit is exact, and::
 
         x_t = alpha_t e^{-L_t} (x_s / alpha_s - int e^{L+S} (g + B) dlambda),
 

@@ -166,7 +166,7 @@ class Pair:
     Attributes:
         tableau: of the higher solution.
         low: from the phi-functions, the weights of outputs 2, 3, ... in the lower solution.
-        order: p.
+        order: the p of these.
         asks_at_end: whether `low` reads the output at the step's end too, which is the first of the next.
     """
 

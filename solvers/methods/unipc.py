@@ -67,7 +67,7 @@ def corrected(
 
     Order p + 1 for a predictor of order p or p + 1, begun as well, and a corrector of order p; 1 call per step; ODE; form of the
     plan. x at
-    call i is the predicted state; with the predictor's weights P and the corrector's C of the step before, row i becomes
+    call i is the predicted state; with the predictor's weights P and the corrector's C of the step before, row i becomes::
 
         x <- a_i (x + sum_j (C - P)_{i-1,j} m_{i-j}) + sum_j P_ij m_{i-j},
 
@@ -96,7 +96,7 @@ def corrected(
         raise ValueError(
             f"a plan in {plan.predicts} form, stochastic = {plan.is_stochastic}: expected a deterministic one in noise, data or velocity form"
         )
-    calls = _calls_of_steps(plan, times)
+    calls = calls_of_steps(plan, times)
     ends = torch.cat([calls, calls.new_tensor([plan.rows])])
     levels = Levels(plan.times[ends], plan.alpha[ends], plan.sigma[ends], plan.half_logsnr[ends])
     form = Form(plan.predicts, choice("variable", variable, PLACES), plan.scale)
@@ -126,7 +126,7 @@ def with_corrector(
     return dataclasses.replace(plan, b=b[:, :used])
 
 
-def recommended(schedule: Schedule, times: Tensor, scale: float = 1.0) -> Plan:
+def recommended(schedule: Schedule, times: Tensor, scale: float = 1.0, start: str | None = None) -> Plan:
     """The method that `sample` takes if none is given: UniPC in velocity form, polynomials in the angle, of an order that suits the steps.
 
     Order 5 from 40 steps on; 1 call per step, 4 in the first two of 40 and more; ODE; velocity form. Order p = 2 below 9 steps,
@@ -139,6 +139,7 @@ def recommended(schedule: Schedule, times: Tensor, scale: float = 1.0) -> Plan:
         schedule: noise schedule.
         times: [steps + 1]; its grid is `angle`, on discrete levels `angle_levels`.
         scale: the data's standard deviation. 1 suits from 0.2 to 1.5; data in other units want theirs, here and in `angle`.
+        start: as of `unipc`; "ramp" for 1 call per step throughout. None: "singlestep" from 40 steps on, but for a Discrete schedule.
     """
     times = given(schedule, times)
     steps = len(times) - 1
@@ -149,12 +150,12 @@ def recommended(schedule: Schedule, times: Tensor, scale: float = 1.0) -> Plan:
         predicts="velocity",
         variable="angle",
         scale=scale,
-        start="ramp" if steps < 40 or has_levels(schedule) else "singlestep",
+        start=start or ("ramp" if steps < 40 or has_levels(schedule) else "singlestep"),
         final="lower" if steps < 14 else "full",
     )
 
 
-def _calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
+def calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
     """The number of the call that begins each step: the last one at its time, as a stage may stand there before it."""
     if times is None:
         steps = plan.times.diff() * (plan.times[-1] - plan.times[0])

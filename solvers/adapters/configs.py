@@ -1,0 +1,198 @@
+"""diffusers' networks as (model, schedule): what the config of a scheduler says of the network it was trained with."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.arguments import choice, number, numbers, whole
+from solvers.discrete import Discrete
+from solvers.guidance import clipped, thresholded
+from solvers.predictions import Model
+from solvers.schedules import Flow
+
+PREDICTS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "data", "flow_prediction": "flow"}
+READS_SIGMA = (  # transformers whose pipelines divide the scheduler's timesteps by 1000
+    "AuraFlow", "BriaFibo", "Chroma", "Flux", "LongCatImage", "OvisImage", "QwenImage",
+)  # fmt: skip
+LATENT_CHANNELS = (4, 8, 16, 32, 64, 128)
+
+
+def from_diffusers(
+    network: Callable[..., Any],
+    scheduler_config: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None = None,
+    guide: Callable[[Model], Model] | None = None,
+    mu: float | None = None,
+) -> tuple[Model, Discrete | Flow]:
+    """A UNet or transformer of diffusers, with the config of the scheduler it was trained for.
+
+    The schedule is that of the config's betas, zero terminal SNR or flow shift, in float64; how its scheduler samples (spacing, order, ...) is
+    left to you. The network is called in its own dtype, so x may be float32 whatever that is. A config with clip_sample or
+    thresholding bounds the data prediction as it says.
+
+    Args:
+        network: called as network(x, timestep=..., return_dict=False, **inputs).
+        scheduler_config: e.g. pipe.scheduler.config, or the dict of a scheduler_config.json.
+        inputs: what the network reads besides, e.g. {"encoder_hidden_states": prompts, "added_cond_kwargs": ...}, each of the batch's size.
+        guide: model -> model, done before the data prediction is bounded. The net also reads a mapping of further inputs, as conditions of
+            `guidance.classifier_free`: guide=lambda m: sv.guidance.classifier_free(m, {"encoder_hidden_states": c}, {"encoder_hidden_states": n}, 7.5).
+        mu: for use_dynamic_shifting: what the pipeline's calculate_shift gives.
+
+    Returns:
+        (model, schedule); x at the start is standard normals. A network of twice as many channels out as in has a learned variance as its
+        second output.
+
+    Raises:
+        ValueError: the config is of a scheduler that this library has no schedule for, or contradicts itself.
+    """
+    schedule = schedule_of(scheduler_config, mu)
+    config, given = getattr(network, "config", {}), dict(inputs or {})
+    dtype = _dtype_of(network)
+
+    def net(x: Tensor, label: Tensor, condition: Mapping[str, Any] | None = None) -> Any:
+        x = x if dtype is None else x.to(dtype)
+        return network(x, timestep=label, return_dict=False, **given, **(condition or {}))[0]
+
+    channels = entry(config, "in_channels", None)
+    doubled = channels is not None and entry(config, "out_channels", None) == 2 * channels
+    model = Model(
+        net,
+        predicts=predicts_of(scheduler_config),
+        label=label_of(schedule, network, entry(scheduler_config, "num_train_timesteps", 1000)),
+        variance="range" if doubled else None,
+    )
+    return bounded(guide(model) if guide else model, scheduler_config, channels), schedule
+
+
+def schedule_of(config: Mapping[str, Any], mu: float | None = None) -> Discrete | Flow:
+    """The noise schedule of a scheduler's config; `mu` is that of dynamic shifting.
+
+    Raises:
+        ValueError: no schedule of this library is its.
+    """
+    name = str(entry(config, "_class_name", ""))
+    if "EDM" in name or entry(config, "sigma_data", None) is not None:
+        raise ValueError(
+            f"{name or 'the config'} preconditions its network: take sv.Model(net, predicts='edm', label=lambda t: s.sigma(t).log() / 4) with s = sv.EDM()"
+        )
+    if entry(config, "invert_sigmas", False):
+        raise ValueError(
+            "invert_sigmas = True: such a network runs from 0 at noise to 1; take sv.adapters.from_flow(net, noise_at=0)"
+        )
+    if is_flow(config):
+        return Flow(_shift(config, mu))
+    if mu is not None:
+        raise ValueError(f"mu = {mu}: only a flow with use_dynamic_shifting has a use for it")
+    schedule = Discrete(_betas(config))
+    return schedule.zero_terminal_snr() if entry(config, "rescale_betas_zero_snr", False) else schedule
+
+
+def entry(config: Any, name: str, default: Any) -> Any:
+    """An entry of a config, or its default where it is not there or None."""
+    value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    return default if value is None else value
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether the path is alpha = 1 - sigma."""
+    return (
+        bool(entry(config, "use_flow_sigmas", False))
+        or entry(config, "prediction_type", "") == "flow_prediction"
+        or "FlowMatch" in str(entry(config, "_class_name", ""))
+    )
+
+
+def predicts_of(config: Mapping[str, Any]) -> str:
+    """Our word for the config's prediction_type."""
+    usual = "flow_prediction" if "FlowMatch" in str(entry(config, "_class_name", "")) else "epsilon"
+    return PREDICTS[choice("prediction_type", entry(config, "prediction_type", usual), tuple(PREDICTS))]
+
+
+def _shift(config: Mapping[str, Any], mu: float | None) -> float:
+    """shift t / (1 + (shift - 1) t) is all of diffusers' shifts: fixed by either name, or by mu."""
+    if entry(config, "use_dynamic_shifting", False):
+        if mu is None:
+            raise ValueError(
+                "use_dynamic_shifting = True: give mu, which depends on the image's size, e.g. mu=1.15"
+            )
+        kind = choice(
+            "time_shift_type", entry(config, "time_shift_type", "exponential"), ("exponential", "linear")
+        )
+        mu = number("mu", mu)
+        return float(torch.tensor(mu, dtype=torch.float64).exp()) if kind == "exponential" else mu
+    if mu is not None:
+        raise ValueError(f"mu = {mu}: the config has use_dynamic_shifting = False, and a shift of its own")
+    return entry(config, "shift", 1.0) * entry(config, "flow_shift", 1.0)
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """The betas of diffusers, in float64."""
+    trained = entry(config, "trained_betas", None)
+    if trained is not None:
+        return numbers("trained_betas", trained)
+    levels = whole("num_train_timesteps", entry(config, "num_train_timesteps", 1000), 2, 10**6)
+    first, last = (
+        float(entry(config, name, value)) for name, value in (("beta_start", 1e-4), ("beta_end", 0.02))
+    )
+    line = partial(torch.linspace, steps=levels, dtype=torch.float64, device="cpu")
+    kinds: dict[str, Callable[[], Tensor]] = {
+        "linear": lambda: line(first, last),
+        "scaled_linear": lambda: line(first**0.5, last**0.5) ** 2,
+        "sigmoid": lambda: torch.sigmoid(line(-6.0, 6.0)) * (last - first) + first,
+        "squaredcos_cap_v2": lambda: _of_alpha_bar(
+            lambda t: torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2, levels
+        ),
+        "laplace": lambda: _of_alpha_bar(_laplace, levels),
+        "exp": lambda: _of_alpha_bar(lambda t: torch.exp(-12.0 * t), levels),
+    }
+    return kinds[choice("beta_schedule", entry(config, "beta_schedule", "linear"), tuple(kinds))]()
+
+
+def _of_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], levels: int) -> Tensor:
+    """Betas of a function alpha^2 of time, none above .999."""
+    values = alpha_bar(torch.arange(levels + 1, dtype=torch.float64, device="cpu") / levels)
+    return (1 - values[1:] / values[:-1]).clamp(max=0.999)
+
+
+def _laplace(t: Tensor) -> Tensor:
+    """alpha^2 of the Laplace schedule, whose log-SNR is -sign(1/2 - t) log(1 - 2 |1/2 - t| + 1e-6) / 2."""
+    lam = -0.5 * torch.sign(0.5 - t) * torch.log(1 - 2 * (0.5 - t).abs() + 1e-6)
+    return torch.sigmoid(lam)
+
+
+def label_of(schedule: Discrete | Flow, network: Any, levels: int) -> Callable[[Tensor], Tensor]:
+    """What the network reads at t: step numbers, fractional between levels, or sigma times their number."""
+    if isinstance(schedule, Discrete):
+        return schedule.label
+    if type(network).__name__.startswith(READS_SIGMA):
+        return schedule.sigma
+    return lambda t: levels * schedule.sigma(t)
+
+
+def bounded(model: Model, config: Mapping[str, Any], channels: int | None = None) -> Model:
+    """The data prediction bounded as diffusers' config says."""
+    clips, thresholds = bool(entry(config, "clip_sample", False)), bool(entry(config, "thresholding", False))
+    if clips and thresholds:
+        raise ValueError(
+            "clip_sample and thresholding both bound the data prediction: leave one of them False"
+        )
+    if thresholds and channels in LATENT_CHANNELS:
+        raise ValueError(
+            f"thresholding is for pixels, and a network of {channels} channels is of latents, which have no such bounds: dict(config, thresholding=False)"
+        )
+    if clips:
+        most = float(entry(config, "clip_sample_range", 1.0))
+        return clipped(model, -most, most)
+    if thresholds:
+        quantile = entry(config, "dynamic_thresholding_ratio", 0.995)
+        return thresholded(model, quantile, most=entry(config, "sample_max_value", 1.0))
+    return model
+
+
+def _dtype_of(network: Any) -> torch.dtype | None:
+    """The dtype of a network's weights, if it has any."""
+    weights = network.parameters() if isinstance(network, torch.nn.Module) else ()
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), None)

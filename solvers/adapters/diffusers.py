@@ -1,0 +1,489 @@
+"""Our methods as a scheduler of diffusers."""
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers import grids
+from solvers.adapters.configs import bounded, from_diffusers, is_flow, label_of, predicts_of, schedule_of
+from solvers.arguments import choice, number, numbers, whole
+from solvers.discrete import Discrete
+from solvers.methods import BUILDS
+from solvers.methods.unipc import calls_of_steps, recommended
+from solvers.noise import Source, noised, per_sample
+from solvers.plan import Plan
+from solvers.predictions import Model
+from solvers.rows import Row, rows_of
+from solvers.run import State, execute
+from solvers.schedules import Flow
+
+try:
+    from diffusers import ConfigMixin, SchedulerMixin
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError("this adapter needs diffusers: pip install 'diffusion-solvers[diffusers]'") from error
+
+GRIDS = (
+    "angle",
+    "angle_levels",
+    "uniform",
+    "quadratic",
+    "power",
+    "logsnr",
+    "karras",
+    "linspace",
+    "leading",
+    "trailing",
+)
+ON_LEVELS = ("angle_levels", "linspace", "leading", "trailing")  # which end at clean data
+
+__all__ = ["SolversScheduler", "from_diffusers"]
+
+
+@dataclass
+class _Run:
+    """What one thread's sampling has come to: the plan, and the state between two steps."""
+
+    schedule: Discrete | Flow
+    times: Tensor
+    plan: Plan
+    timesteps: Tensor  # one for each call
+    device_timesteps: Tensor
+    begin: int | None = None
+    index: int = 0  # of the next call
+    rows: list[Row] | None = None
+    state: State | None = None
+    returned: tuple[Tensor, int] | None = None  # what the last step gave, and its version
+
+
+class SolversScheduler(SchedulerMixin, ConfigMixin):
+    """A method of this library as a scheduler of diffusers: pipe.scheduler = SolversScheduler.from_config(pipe.scheduler.config, method="dpm_solver_pp_2m").
+
+    The table is built in set_timesteps, in float64; `step` is one row of it: it decides, looks up and reads back nothing. Between steps it
+    keeps the state in float32 where the pipeline holds it in half precision. Each thread has a run of its own, so threads can share the object. Methods of several
+    calls per step have as many timesteps, each at its own level. A stochastic method draws from the generator that the pipeline passes on,
+    or from `seed`, one stream a sample.
+
+    Args:
+        num_train_timesteps: levels of the network.
+        beta_start: of the betas, as diffusers has them.
+        beta_end: of the betas.
+        beta_schedule: "linear" | "scaled_linear" | "squaredcos_cap_v2" | "sigmoid" | "laplace" | "exp".
+        trained_betas: the betas themselves, in place of those.
+        prediction_type: "epsilon" | "v_prediction" | "sample" | "flow_prediction".
+        rescale_betas_zero_snr: whether the last level has alpha = 0, here exactly.
+        use_flow_sigmas: whether the path is alpha = 1 - sigma, also for another prediction than the flow.
+        flow_shift: of the path, as DPMSolverMultistepScheduler has it.
+        shift: of the path, as FlowMatchEulerDiscreteScheduler has it.
+        use_dynamic_shifting: whether set_timesteps is given mu.
+        time_shift_type: "exponential", a shift e^mu, or "linear", a shift mu.
+        clip_sample: whether the data prediction is cut to clip_sample_range.
+        clip_sample_range: half the width of that.
+        thresholding: whether it is cut by `guidance.thresholded`.
+        dynamic_thresholding_ratio: the quantile.
+        sample_max_value: the greatest threshold.
+        variance_type: "learned_range" if the network's second output is a variance between the least and the most.
+        method: a name of docs/methods.md, of a method that has a table before the first call.
+        options: of the method, e.g. {"eta": 0.5}; names as in its function.
+        grid: "angle" | "angle_levels" | "uniform" | "quadratic" | "power" | "logsnr" | "karras" | "linspace" | "leading" | "trailing"; None: the method's own, as `sample`.
+        seed: of the noise, where the pipeline passes no generator on.
+
+    Raises:
+        ValueError: an unknown name, or settings that contradict each other.
+    """
+
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        variance_type: str | None = None,
+        method: str = "recommended",
+        options: Mapping[str, Any] | None = None,
+        grid: str | None = None,
+        seed: int | None = None,
+    ):
+        self._threads = threading.local()
+        self._build = _method(method, options)
+        if grid is not None:
+            choice("grid", grid, GRIDS)
+        if seed is not None:
+            whole("seed", seed, 0, 2**63 - 1)
+        if not use_dynamic_shifting:
+            schedule_of(self.config)
+        bounded(Model(_no_network, predicts=predicts_of(self.config)), self.config)
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As of every scheduler; the config of a flow-matching scheduler, which does not name its prediction, is read as one.
+
+        Raises:
+            ValueError: the config is of a scheduler that this library has no schedule for.
+        """
+        config = {} if config is None else config
+        if isinstance(config, Mapping):
+            schedule_of({**config, "use_dynamic_shifting": False})
+            if is_flow(config) and "prediction_type" not in config:
+                kwargs.setdefault("prediction_type", "flow_prediction")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Build this thread's plan.
+
+        Args:
+            num_inference_steps: steps of the config's grid.
+            device: of the timesteps.
+            timesteps: in place of it: the steps the network reads at each call of a one-call method, decreasing; clean data follow. Not for flows.
+            sigmas: in place of it: for a flow the sigmas before the shift, from 1; else sigma / alpha; 0 follows.
+            mu: of dynamic shifting.
+
+        Raises:
+            ValueError: not exactly one of the three; a time is not on the schedule; a plan whose first row adds noise.
+        """
+        asked = [v for v in (timesteps, sigmas) if v is not None]
+        if len(asked) > 1 or (num_inference_steps is None and not asked):
+            raise ValueError(
+                "set_timesteps takes num_inference_steps, timesteps or sigmas, and one of the last two at most"
+            )
+        if asked and num_inference_steps not in (None, len(asked[0])):
+            raise ValueError(
+                f"num_inference_steps = {num_inference_steps}, but {len(asked[0])} times are given: leave it out"
+            )
+        # pipelines compute mu whether the config has a use for it or not
+        schedule = schedule_of(self.config, mu if self.config["use_dynamic_shifting"] else None)
+        if timesteps is not None:
+            times = self._times_of_steps(schedule, numbers("timesteps", timesteps))
+        elif sigmas is not None:
+            times = _times_of_sigmas(schedule, numbers("sigmas", sigmas))
+        else:
+            whole("num_inference_steps", num_inference_steps, 1, grids.MAX_STEPS, example=20)  # type: ignore[arg-type]
+            times = _times(schedule, num_inference_steps, self.config["grid"])  # type: ignore[arg-type]
+        plan = self._build(schedule, times)
+        if not plan.is_called[0]:
+            raise ValueError(
+                f"method = {self.config['method']!r} adds noise before its first call, which a pipeline has no place for: use sv.run"
+            )
+        labels = self._labels(schedule, plan)
+        self._threads.run = _Run(
+            schedule, times, plan, labels, labels if device is None else labels.to(device)
+        )
+
+    @property
+    def timesteps(self) -> Tensor:
+        """What the network reads at each call, [nfe]: int64 where all are whole, else float32."""
+        run = self._of_thread()
+        return torch.arange(len(self) - 1, -1, -1) if run is None else run.device_timesteps
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """The number of steps, each of one call or more."""
+        run = self._of_thread()
+        return None if run is None else len(run.times) - 1
+
+    @property
+    def order(self) -> int:
+        """Calls per step, as diffusers understands the word."""
+        run = self._of_thread()
+        if run is None or run.plan.rows == 1:
+            return 1
+        return int(_first_calls(run.plan, run.times).diff().max()) if len(run.times) > 2 else run.plan.nfe
+
+    @property
+    def plan(self) -> Plan:
+        """This thread's table."""
+        return self._running().plan
+
+    @property
+    def begin_index(self) -> int | None:
+        """The call to start at, if it was set."""
+        run = self._of_thread()
+        return None if run is None else run.begin
+
+    @property
+    def step_index(self) -> int | None:
+        """The number of the next call; None before the first."""
+        run = self._of_thread()
+        return None if run is None or run.state is None else run.index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at a later call, as image-to-image does: the method is built anew on the grid from there."""
+        run = self._running()
+        run.begin = whole("begin_index", begin_index, 0, len(run.timesteps) - 1)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample as it is: what the network reads is x = alpha x_0 + sigma eps."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """One row: from the state at a call to the next.
+
+        Args:
+            model_output: the network's output at sample, [B, ...]; of twice the channels with a variance_type.
+            timestep: the one of `timesteps` whose turn it is. An element of that tensor, or one on the host, is checked to be it.
+            sample: the state, [B, ...]; left as it is.
+            eta: 0; the noise belongs to the method, options={"eta": ...}.
+            use_clipped_model_output: without effect, as a clipped data prediction is always used throughout.
+            generator: of the noise of a stochastic method.
+            return_dict: whether to return SchedulerOutput(prev_sample=...) or (prev_sample,).
+
+        Raises:
+            ValueError: set_timesteps was not called in this thread, or the run is over; timestep is another's; no noise; a wrong shape.
+            NonFiniteError: the output is not finite, on a CPU.
+        """
+        if number("eta", eta):
+            raise ValueError(
+                f"eta = {eta}: the noise belongs to the method, e.g. SolversScheduler(method='ddim', options={{'eta': {eta}}})"
+            )
+        run = self._running()
+        if run.state is None:
+            self._start(run, timestep)
+        self._check_turn(run, timestep)
+        grad = torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad)
+        state = self._state(run, sample)
+        model = self._model(lambda x, label: model_output, model_output.shape, sample.shape)
+        run.rows = rows_of(run.plan, model, state.x) if run.rows is None else run.rows
+        source = self._source(run.plan, generator, len(sample))
+        stop = state.call + 1
+        while stop < run.plan.rows and not run.rows[stop].is_called:
+            stop += 1  # rows that only add noise
+        reached: list[State] = []
+        with torch.set_grad_enabled(grad):
+            execute(
+                run.plan, model, state, source, run.rows, stop, reached.append, grad=grad,
+                check=state.x.device.type == "cpu",
+            )  # fmt: skip
+        run.state, run.index = reached[-1], run.index + 1
+        following = run.state.x.to(sample.dtype)
+        run.returned = (following, following._version)
+        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x_0 + sigma noise at the levels that the network calls `timesteps`, [B] or [1], in the dtype of x_0."""
+        run = self._of_thread()
+        schedule = schedule_of(self.config) if run is None else run.schedule
+        labels = timesteps.reshape(-1).double().cpu()
+        if isinstance(schedule, Discrete):
+            t = (labels + 1) / schedule.levels
+        else:
+            t = _times_at(schedule, labels / self.config["num_train_timesteps"])
+        wide = torch.promote_types(original_samples.dtype, torch.float32)
+        t = t.expand(len(original_samples)) if len(t) == 1 else t
+        return noised(original_samples.to(wide), schedule, t, noise.to(wide)).to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise`, as pipelines of flow matching call it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_threads"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._threads = threading.local()
+
+    def _of_thread(self) -> _Run | None:
+        return getattr(self._threads, "run", None)
+
+    def _running(self) -> _Run:
+        run = self._of_thread()
+        if run is None:
+            raise ValueError(
+                "no run in this thread yet: call scheduler.set_timesteps(num_inference_steps) first"
+            )
+        return run
+
+    def _model(self, net: Callable[..., Any], of: Sequence[int] = (), x: Sequence[int] = ()) -> Model:
+        """What the step is told is the model, its data prediction bounded as the config says."""
+        doubled = len(of) == len(x) > 1 and of[1] == 2 * x[1]
+        variance = "range" if doubled and self.config["variance_type"] == "learned_range" else None
+        return bounded(Model(net, predicts=predicts_of(self.config), variance=variance), self.config)
+
+    def _times_of_steps(self, schedule: Discrete | Flow, steps: Tensor) -> Tensor:
+        if not isinstance(schedule, Discrete):
+            raise ValueError(
+                "timesteps of a flow would be shifted or not, as one understands them: give sigmas, before the shift"
+            )
+        return grids.given(schedule, torch.cat([(steps + 1) / schedule.levels, torch.zeros_like(steps[:1])]))
+
+    def _labels(self, schedule: Discrete | Flow, plan: Plan) -> Tensor:
+        label = label_of(schedule, None, self.config["num_train_timesteps"])
+        labels = label(plan.times[:-1][plan.is_called])
+        return (
+            labels.long()
+            if isinstance(schedule, Discrete) and (labels == labels.round()).all()
+            else labels.float()
+        )
+
+    def _start(self, run: _Run, timestep: float | Tensor) -> None:
+        """Before the first step: where it is, and from a later one the method anew on what is left of the grid."""
+        first = run.begin
+        if first is None:
+            first = _place_in(run.device_timesteps, timestep)
+        if first is None:
+            first = _found(run.timesteps, timestep)
+        if first:
+            firsts = _first_calls(run.plan, run.times).tolist()
+            later = self._build(run.schedule, run.times[firsts.index(first) :]) if first in firsts else None
+            if later is None or not torch.equal(self._labels(run.schedule, later), run.timesteps[first:]):
+                raise ValueError(
+                    f"method = {self.config['method']!r} cannot start at call {first}: "
+                    + (
+                        "it is in the middle of a step"
+                        if later is None
+                        else "begun there, it has other calls than it would have had there"
+                    )
+                    + "; start at a step, by a method of as many calls in each"
+                )
+            run.plan = later
+        run.index = first
+
+    def _check_turn(self, run: _Run, timestep: float | Tensor) -> None:
+        """The timestep is the one whose turn it is, as far as that can be seen without the device."""
+        if run.index >= len(run.timesteps):
+            raise ValueError(
+                f"the run is over after {len(run.timesteps)} calls: call scheduler.set_timesteps for another"
+            )
+        place = _place_in(run.device_timesteps, timestep)
+        if place is None and not (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
+            place = run.index if float(timestep) == float(run.timesteps[run.index]) else -1
+        if place not in (None, run.index):
+            raise ValueError(
+                f"timestep = {timestep} is out of turn: expected {run.timesteps[run.index]}, the one of call {run.index}"
+            )
+
+    def _state(self, run: _Run, sample: Tensor) -> State:
+        """The state before the step: the sample, or, if that is what the last step gave, what it gave before rounding."""
+        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        if run.state is None:
+            return State(sample.to(dtype))
+        unchanged = (
+            run.returned is not None and sample is run.returned[0] and sample._version == run.returned[1]
+        )
+        return run.state if unchanged else replace(run.state, x=sample.to(dtype))
+
+    def _source(self, plan: Plan, generator: Any, batch: int) -> Source | None:
+        if not plan.is_stochastic:
+            return None
+        if generator is not None:
+            return lambda draw, like: randn_tensor(
+                like.shape, generator=generator, device=like.device, dtype=like.dtype
+            )
+        if self.config["seed"] is None:
+            raise ValueError(
+                f"method = {self.config['method']!r} is stochastic and needs noise: pass the pipeline a generator, or, if it does not pass it on, make the "
+                "scheduler with seed=0"
+            )
+        return per_sample(self.config["seed"], range(batch))
+
+
+def _no_network(x: Tensor, label: Tensor) -> Tensor:
+    raise NotImplementedError  # a scheduler's steps bring their outputs with them
+
+
+def _method(name: str, options: Mapping[str, Any] | None) -> Callable[..., Plan]:
+    """A method of the table by name, with options bound."""
+    choice("method", name, tuple(BUILDS))
+    build = partial(recommended, start="ramp") if name == "recommended" else BUILDS[name]
+    build = partial(build, **(options or {}))
+    try:
+        inspect.signature(build).bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"options = {options!r:.200} of method = {name!r}: {error}") from error
+    return build
+
+
+def _times(schedule: Discrete | Flow, steps: int, name: str | None) -> Tensor:
+    """The grid by name. One that knows nothing of levels ends at the lowest of them, and then at clean data."""
+    if name is None or not isinstance(schedule, Discrete) or name in ON_LEVELS:
+        return (grids.usual(schedule) if name is None else getattr(grids, name))(schedule, steps)
+    start = torch.tensor([schedule.start], dtype=torch.float64, device="cpu")
+    calls = getattr(grids, name)(schedule, steps - 1) if steps > 1 else start
+    return grids.given(schedule, torch.cat([calls, torch.zeros_like(start)]))
+
+
+def _times_of_sigmas(schedule: Discrete | Flow, sigmas: Tensor) -> Tensor:
+    inner = sigmas if isinstance(schedule, Flow) else schedule.time(-torch.log(sigmas))
+    return grids.given(
+        schedule,
+        inner if len(sigmas) and sigmas[-1] == 0 else torch.cat([inner, torch.zeros_like(sigmas[:1])]),
+    )
+
+
+def _times_at(schedule: Flow, sigma: Tensor) -> Tensor:
+    """The time at which a flow has some sigma."""
+    return sigma / (schedule.shift + (1 - schedule.shift) * sigma)
+
+
+def _first_calls(plan: Plan, times: Tensor) -> Tensor:
+    """The number of the call that begins each step, [steps]."""
+    called = plan.is_called.nonzero().flatten()
+    return torch.searchsorted(called, calls_of_steps(plan, times))
+
+
+def _found(timesteps: Tensor, timestep: float | Tensor) -> int:
+    """Which of the timesteps a number on the host is; of one on a device, which is not read, it is taken to be the first."""
+    if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+        return 0
+    here = (timesteps == float(timestep)).nonzero().flatten().tolist()
+    if len(here) != 1:
+        raise ValueError(
+            f"timestep = {timestep} is {'more than once in' if here else 'not among'} the timesteps of this run: pass an element of "
+            "scheduler.timesteps, or say where to start by scheduler.set_begin_index(i)"
+        )
+    return here[0]
+
+
+def _place_in(timesteps: Tensor, timestep: Any) -> int | None:
+    """Which element of a tensor this is, by where it lies in memory; None if it lies elsewhere."""
+    if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != timesteps.dtype:
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return int(timestep.storage_offset() - timesteps.storage_offset())
