@@ -167,7 +167,7 @@ def label_of(schedule: Discrete | Flow, network: Any, levels: int) -> Callable[[
     """What the network reads at t: step numbers, fractional between levels, or sigma times their number."""
     if isinstance(schedule, Discrete):
         return schedule.label
-    if type(network).__name__.startswith(READS_SIGMA):
+    if type(getattr(network, "_orig_mod", network)).__name__.startswith(READS_SIGMA):  # compiled or not
         return schedule.sigma
     return lambda t: levels * schedule.sigma(t)
 

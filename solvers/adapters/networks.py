@@ -1,4 +1,4 @@
-"""Networks of EDM, score_sde and flow matching as (model, schedule); a network of whole steps needs no more than `Model` and `Discrete`."""
+"""Networks of EDM, score_sde and flow matching as (model, schedule)."""
 
 from collections.abc import Callable
 from typing import Any
