@@ -6,6 +6,7 @@ hit exactly, and half log-SNR increases strictly: `given` checks it, for every g
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy
 
 MAX_STEPS = 10**6
+PREDICTS_NOISE = ("noise", "score")  # which say little of the data where alpha is small
 ULPS = 4  # a step of half log-SNR must exceed this many units in the last place
 
 
@@ -90,6 +92,40 @@ def angle(
     return _between(schedule, torch.cat([at[:1], inner, at[1:]]), ends)
 
 
+def logalpha(
+    schedule: Schedule,
+    steps: int,
+    *,
+    start: float | None = None,
+    stop: float | None = None,
+    exponent: float = 4.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Uniform in l^(1/exponent), l = log(1 + (sigma / (scale alpha))^2): times [steps + 1], float64. The start needs alpha > 0; sigma = 0 is fine.
+
+    Of a variance-preserving schedule l is -2 log alpha; under VP, where that is nearly quadratic in t, this is nearly `quadratic`. It has its first steps
+    shorter than `angle`: for networks that predict noise, of whose error the data prediction has 1 / alpha times as much. scale as of `angle`.
+    Source: this library; the exponent is the best of some with `recommended` on the networks of docs/which-solver.md.
+    """
+    positive(exponent=exponent, scale=scale)
+    ends = _ends(schedule, steps, start, stop)
+    at = torch.tensor(ends, dtype=torch.float64, device="cpu")
+    places = torch.log1p((schedule.sigma(at) / (scale * schedule.alpha(at))) ** 2) ** (1 / exponent)
+    first, last = places.tolist()
+    if not math.isfinite(first + last):
+        name, end = ("start", ends[0]) if math.isinf(first) else ("stop", ends[1])
+        raise ValueError(
+            f"{name} = {end:g} has alpha = 0, where a noise prediction does not determine the data: give a {name} where alpha > 0, e.g. {name}={0.999 * end:g}, or "
+            "take a network that predicts velocity, flow or data, on `angle`"
+        )
+    inner = _line(first, last, steps)[1:-1] ** exponent
+    return _between(
+        schedule,
+        torch.cat([at[:1], schedule.time(-math.log(scale) - torch.log(torch.expm1(inner)) / 2), at[1:]]),
+        ends,
+    )
+
+
 def karras(
     schedule: Schedule, steps: int, *, start: float | None = None, stop: float | None = None, rho: float = 7.0
 ) -> Tensor:
@@ -143,7 +179,18 @@ def angle_levels(schedule: Discrete, steps: int, *, start: float | None = None, 
 
     The last call is close to the data, where `trailing` and the like jump to sigma = 0 from far.
     """
-    times = angle(_discrete(schedule), steps, start=start, stop=stop)
+    return _each_on_a_level(schedule, angle(_discrete(schedule), steps, start=start, stop=stop))
+
+
+def logalpha_levels(
+    schedule: Discrete, steps: int, *, start: float | None = None, stop: float = 0.0
+) -> Tensor:
+    """The `logalpha` grid with each call on a level of its own, the nearest that is free: times [steps + 1], float64; the end is clean data."""
+    return _each_on_a_level(schedule, logalpha(_discrete(schedule), steps, start=start, stop=stop))
+
+
+def _each_on_a_level(schedule: Discrete, times: Tensor) -> Tensor:
+    steps = len(times) - 1
     calls = (times[:-1] * schedule.levels).round().clamp(min=1)
     if steps > (most := int(calls[0])):
         raise ValueError(
@@ -155,11 +202,13 @@ def angle_levels(schedule: Discrete, steps: int, *, start: float | None = None, 
     return given(schedule, torch.cat([calls / schedule.levels, times[-1:]]))
 
 
-def usual(schedule: Schedule) -> Callable[..., Tensor]:
-    """The grid to take if none is given: angle, on discrete levels angle_levels."""
+def usual(schedule: Schedule, predicts: str | None = None) -> Callable[..., Tensor]:
+    """The grid to take if none is given: angle, for a network that predicts noise logalpha; on discrete levels theirs."""
+    noise = predicts in PREDICTS_NOISE
+    on_levels = logalpha_levels if noise else angle_levels
     if isinstance(schedule, Inversion) and has_levels(schedule):
-        return _levels_upwards
-    return angle_levels if isinstance(schedule, Discrete) else angle
+        return partial(_levels_upwards, grid=on_levels)
+    return on_levels if isinstance(schedule, Discrete) else logalpha if noise else angle
 
 
 def has_levels(schedule: Schedule) -> bool:
@@ -167,11 +216,11 @@ def has_levels(schedule: Schedule) -> bool:
     return isinstance(schedule.schedule if isinstance(schedule, Inversion) else schedule, Discrete)
 
 
-def _levels_upwards(schedule: Inversion, steps: int) -> Tensor:
+def _levels_upwards(schedule: Inversion, steps: int, grid: Callable[..., Tensor]) -> Tensor:
     """The levels from the lowest up: every call of the inversion is on one."""
     levels = schedule.schedule
     assert isinstance(levels, Discrete)
-    return angle_levels(levels, steps, stop=levels.stop).flip(0)
+    return grid(levels, steps, stop=levels.stop).flip(0)
 
 
 def snap(schedule: Discrete, times: Tensor) -> Tensor:

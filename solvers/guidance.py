@@ -48,10 +48,10 @@ def guided(
         rescale: from 0 to 1, how far the guided prediction is scaled to the standard deviation, over each sample, of the model's.
 
     Raises:
-        ValueError: the models differ in what they predict or read; a scale that is not finite; low above high.
+        ValueError: the models differ in what they predict, or, once they are asked, in what they read; a scale that is not finite; low above high.
     """
     model, weaker = as_model(model), as_model(weaker)
-    for name in ("predicts", "label", "schedule", "sigma_data", "variance"):
+    for name in ("predicts", "schedule", "sigma_data", "variance"):
         mine, theirs = getattr(model, name), getattr(weaker, name)
         if mine != theirs:
             raise ValueError(
@@ -60,6 +60,11 @@ def guided(
     weights_of_scale, combined = _guidance(scale, low, high, rescale)
 
     def weights(*at: Tensor) -> tuple:
+        labels = model.labels(at[0]), weaker.labels(at[0])
+        if labels[0] != labels[1]:
+            raise ValueError(
+                f"the models read different labels: {labels[0]!s:.100} and {labels[1]!s:.100}; expected the same, e.g. label=schedule.step for both"
+            )
         return weights_of_scale(at[0]), _weights(model, *at), _weights(weaker, *at)
 
     def net(x: Tensor, label: Tensor, numbers: tuple, dtype: torch.dtype) -> Any:
@@ -228,7 +233,8 @@ def on_state(model: AnyModel, hook: Callable[[Tensor, Any], Tensor]) -> Model:
 def clipped(model: AnyModel, low: float = -1.0, high: float = 1.0) -> Model:
     """The model, its data prediction cut to [low, high]: static thresholding."""
     increasing(low=low, high=high)
-    return on_data(model, lambda x0, x, t: x0.clamp(low, high))
+    # a clamp would make numbers of infinities, and hide them
+    return on_data(model, lambda x0, x, t: torch.where(x0.isfinite(), x0.clamp(low, high), x0))
 
 
 def thresholded(
@@ -342,7 +348,7 @@ def _guidance(
 
 def _deviation(m: Tensor) -> Tensor:
     """The standard deviation over each sample, [B, 1, ...]."""
-    return m.std(dim=tuple(range(1, m.ndim)), keepdim=True)
+    return m.reshape(len(m), -1).std(dim=1).reshape(-1, *[1] * (m.ndim - 1))
 
 
 def _scale(scale: Scale) -> Callable[[Tensor], Tensor]:
@@ -371,9 +377,9 @@ def _refuse_infinite(weights: Tensor, t: Tensor, why: str) -> None:
 
 def _gradient(log_p: Callable[[Tensor, Tensor], Tensor], x: Tensor, label: Tensor) -> Tensor:
     """The gradient of log p with respect to x, with a graph of its own where gradients are kept."""
-    keep = torch.is_grad_enabled() and x.requires_grad
+    keep = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
-        here = x if keep else x.detach().clone().requires_grad_()
+        here = x if keep and x.requires_grad else x.detach().clone().requires_grad_()
         value = log_p(here, label)
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
             came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -408,7 +414,8 @@ def _joined(first: Any, second: Any, batch: int | None) -> Any:
     if isinstance(first, (list, tuple)) and (
         alone or (type(first) is type(second) and len(first) == len(second))
     ):
-        return type(first)(_joined(v, None if alone else second[i], batch) for i, v in enumerate(first))
+        made = getattr(first, "_make", type(first))  # of a named tuple
+        return made(_joined(v, None if alone else second[i], batch) for i, v in enumerate(first))
     raise TypeError(
         f"condition = {first!r:.100}, null = {second!r:.100}: expected tensors [B, ...], or the same mapping, list or tuple of them"
     )

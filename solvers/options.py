@@ -37,12 +37,14 @@ GRIDS: dict[str, Grid] = {
     grid.__name__: grid
     for grid in (
         sv.angle,
+        sv.logalpha,
         sv.logsnr,
         sv.uniform,
         sv.quadratic,
         sv.power,
         sv.karras,
         sv.angle_levels,
+        sv.logalpha_levels,
         sv.trailing,
         sv.leading,
         sv.linspace,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from solvers.grids import has_levels, usual
-from solvers.methods.unipc import recommended
+from solvers.methods.unipc import recommended_for
 from solvers.noise import Brownian, Noise, PerSample, Source, as_source, drawn, one_id_each
 from solvers.plan import Plan, last_use
 from solvers.predictions import AnyModel, Model, as_model, two_outputs
@@ -167,7 +167,7 @@ def sample(
     x: Tensor,
     schedule: Schedule,
     steps: int = 20,
-    method: Callable[[Schedule, Tensor], Plan] = recommended,
+    method: Callable[[Schedule, Tensor], Plan] | None = None,
     grid: Callable[[Schedule, int], Tensor] | None = None,
     noise: Noise | None = None,
     progress: bool = False,
@@ -179,8 +179,10 @@ def sample(
         x: the state at the schedule's start, [B, ...]: sigma(start) times standard normals, so 80 * randn for EDM().
         schedule: noise schedule.
         steps: grid steps; with the default method as many calls, six more from 40 steps on; a method of two stages makes two in each.
-        method: (schedule, times) -> Plan; options are bound by functools.partial(sv.ddim, eta=1.0).
-        grid: (schedule, steps) -> times; by default `angle`, or `angle_levels` for a Discrete schedule (upwards for its `Inversion`).
+        method: (schedule, times) -> Plan; options are bound by functools.partial(sv.ddim, eta=1.0). By default `recommended`, with variable = "asinh" if
+            the model predicts noise or score.
+        grid: (schedule, steps) -> times; by default `angle`, or `logalpha` if the model predicts noise or score and no method is given; their levels for a
+            Discrete schedule (upwards for its `Inversion`).
         noise: as for `run`.
         progress: show a progress bar.
 
@@ -191,7 +193,7 @@ def sample(
         raise TypeError(
             f"schedule = {schedule!r:.100}: expected a schedule, e.g. sv.VP(), or sv.Discrete(betas)"
         )
-    if not callable(method):
+    if not (method is None or callable(method)):
         raise TypeError(f"method = {method!r:.100}: expected (schedule, times) -> Plan, e.g. method=sv.ddim")
     if not (grid is None or callable(grid)):
         raise TypeError(f"grid = {grid!r:.100}: expected (schedule, steps) -> times, e.g. grid=sv.karras")
@@ -200,8 +202,9 @@ def sample(
             "a Discrete schedule needs to know what the network reads: Model(net, label=schedule.step) for whole step numbers, "
             "schedule.label if it takes fractions, or lambda t: t"
         )
-    times = (grid or usual(schedule))(schedule, steps)
-    return run(method(schedule, times), model, x, noise, progress=progress)
+    predicts = as_model(model).predicts
+    times = (grid or usual(schedule, predicts if method is None else None))(schedule, steps)
+    return run((method or recommended_for(predicts))(schedule, times), model, x, noise, progress=progress)
 
 
 def execute(

@@ -232,7 +232,7 @@ NOT_CALLED = [
     row(23, "noise form", method(lambda: sv.dpm_solver(ZTSNR, sv.trailing(ZTSNR, 4))), ValueError, "alpha = 0 (t = 1)", "dpm_solver_pp", "predicts data, velocity or flow"),
     row(23, "noise prediction", lambda net: sv.run(sv.dpm_solver_pp(ZTSNR, sv.trailing(ZTSNR, 4)), net, X), ValueError, "noise prediction does not determine data in call 0", "t = 1", "velocity or flow"),
     row(23, "score prediction", lambda net: sv.run(sv.ddim(sv.Flow(), sv.uniform(sv.Flow(), 4)), sv.Model(net, "score"), X), ValueError, "score prediction does not determine data in call 0", "t = 1"),
-    row(23, "the default sample", lambda net: sampled(net, sv.Flow()), ValueError, "noise prediction does not determine velocity in call 0", "t = 1"),
+    row(23, "the default sample", lambda net: sampled(net, sv.Flow()), ValueError, "noise prediction does not determine the data", "start = 1", "start=0.999", "velocity, flow or data"),
     # schedules
     row(24, "betas nan", discrete([0.1, nan]), ValueError, "betas[1] = nan", "finite"),
     row(24, "betas inf", discrete([inf, 0.1]), ValueError, "betas[0] = inf", "finite"),

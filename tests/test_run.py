@@ -249,7 +249,11 @@ def test_noise_per_sample_does_not_know_its_batch():
 def test_sample_is_run_on_a_good_default():
     x = noise(2, 8)
     assert torch.equal(
-        sv.sample(MODEL, x, VP, steps=9), sv.run(sv.recommended(VP, sv.angle(VP, 9)), MODEL, x)
+        sv.sample(MODEL, x, VP, steps=9),
+        sv.run(sv.recommended(VP, sv.logalpha(VP, 9), variable="asinh"), MODEL, x),
+    )
+    assert torch.equal(
+        sv.sample(MODEL, x, VP, 9, sv.recommended), sv.run(sv.recommended(VP, sv.angle(VP, 9)), MODEL, x)
     )
     flow = sv.Flow()
     velocity = sv.Model(PROBLEMS["eight"].model(flow, "flow"), predicts="flow")
@@ -435,7 +439,7 @@ def test_sample_on_discrete_levels_says_what_the_network_reads():
         return torch.zeros_like(x)
 
     sv.sample(sv.Model(net, label=schedule.step), x, schedule, steps=4)
-    assert seen == (sv.angle_levels(schedule, 4)[:-1] * 1000 - 1).round().tolist()
+    assert seen == (sv.logalpha_levels(schedule, 4)[:-1] * 1000 - 1).round().tolist()
     with pytest.raises(ValueError, match="lies between two levels"):
         sv.sample(sv.Model(net, label=schedule.step), x, schedule, steps=4, method=sv.dpm_solver)
     with pytest.raises(TypeError, match=r"sv.VP\(\)"):

@@ -122,8 +122,9 @@ SOLVERS: dict[str, Callable[[sv.Model, Tensor], Tensor]] = {
     "Adams in velocity form, quadratic, 10": lambda model, x: sv.sample(
         model, x, SCHEDULE, 10, ADAMS, sv.quadratic
     ),
-    "recommended, angle, 10": lambda model, x: sv.sample(model, x, SCHEDULE, 10),
-    "recommended, angle, 20": lambda model, x: sv.sample(model, x, SCHEDULE, 20),
+    "recommended, angle, 10": lambda model, x: sv.sample(model, x, SCHEDULE, 10, sv.recommended, sv.angle),
+    "recommended for noise, 10": lambda model, x: sv.sample(model, x, SCHEDULE, 10),
+    "recommended for noise, 20": lambda model, x: sv.sample(model, x, SCHEDULE, 20),
     "adaptive, 1e-2": lambda model, x: sv.adaptive(model, SCHEDULE, x, rtol=1e-2, atol=1e-2).x,
 }
 

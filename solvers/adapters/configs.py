@@ -1,22 +1,23 @@
 """diffusers' networks as (model, schedule): what the config of a scheduler says of the network it was trained with."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers.arguments import choice, number, numbers, whole
+from solvers.arguments import choice, number, numbers, positive, whole
 from solvers.discrete import Discrete
 from solvers.guidance import clipped, thresholded
 from solvers.predictions import Model
+from solvers.run import warn_of_training
 from solvers.schedules import Flow
 
 PREDICTS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "data", "flow_prediction": "flow"}
-READS_SIGMA = (  # transformers whose pipelines divide the scheduler's timesteps by 1000
-    "AuraFlow", "BriaFibo", "Chroma", "Flux", "LongCatImage", "OvisImage", "QwenImage",
+READS_SIGMA = (  # transformers that are told the scheduler's timesteps over 1000
+    "AuraFlow", "BriaFibo2", "Chroma", "Flux", "Krea2", "LongCatAudio", "LongCatImage", "OvisImage", "PRX", "QwenImage",
 )  # fmt: skip
+READS_ALPHA = ("Lumina", "NucleusMoE", "ZImage")  # told 1 - sigma, or negated: noise is at 0
 LATENT_CHANNELS = (4, 8, 16, 32, 64, 128)
 
 
@@ -34,7 +35,8 @@ def from_diffusers(
     thresholding bounds the data prediction as it says.
 
     Args:
-        network: called as network(x, timestep=..., return_dict=False, **inputs).
+        network: called as network(x, timestep=..., return_dict=False, **inputs). One that reads more channels than x has, as for inpainting, wants a function
+            around it that puts them there.
         scheduler_config: e.g. pipe.scheduler.config, or the dict of a scheduler_config.json.
         inputs: what the network reads besides, e.g. {"encoder_hidden_states": prompts, "added_cond_kwargs": ...}, each of the batch's size.
         guide: model -> model, done before the data prediction is bounded. The net also reads a mapping of further inputs, as conditions of
@@ -48,9 +50,14 @@ def from_diffusers(
     Raises:
         ValueError: the config is of a scheduler that this library has no schedule for, or contradicts itself.
     """
+    if not callable(network):
+        raise TypeError(
+            f"network = {network!r:.100} is not callable: expected a UNet or transformer of diffusers"
+        )
     schedule = schedule_of(scheduler_config, mu)
     config, given = getattr(network, "config", {}), dict(inputs or {})
     dtype = _dtype_of(network)
+    warn_of_training(Model(network))
 
     def net(x: Tensor, label: Tensor, condition: Mapping[str, Any] | None = None) -> Any:
         x = x if dtype is None else x.to(dtype)
@@ -73,10 +80,12 @@ def schedule_of(config: Mapping[str, Any], mu: float | None = None) -> Discrete 
     Raises:
         ValueError: no schedule of this library is its.
     """
-    name = str(entry(config, "_class_name", ""))
-    if "EDM" in name or entry(config, "sigma_data", None) is not None:
+    name = str(entry(config, "_class_name", "the config"))
+    continuous = entry(config, "timestep_type", "") == "continuous"
+    if "EDM" in name or continuous or entry(config, "sigma_data", None) is not None:
         raise ValueError(
-            f"{name or 'the config'} preconditions its network: take sv.Model(net, predicts='edm', label=lambda t: s.sigma(t).log() / 4) with s = sv.EDM()"
+            f"{name} reads log(sigma) / 4, as EDM's networks do: take sv.Model(net, predicts='edm', label=lambda t: s.sigma(t).log() / 4), or 'velocity' with "
+            "x / sqrt(1 + sigma^2), on s = sv.EDM(sigma_min, sigma_max)"
         )
     if entry(config, "invert_sigmas", False):
         raise ValueError(
@@ -86,7 +95,17 @@ def schedule_of(config: Mapping[str, Any], mu: float | None = None) -> Discrete 
         return Flow(_shift(config, mu))
     if mu is not None:
         raise ValueError(f"mu = {mu}: only a flow with use_dynamic_shifting has a use for it")
-    schedule = Discrete(_betas(config))
+    schedule = _discrete(config)
+    scale = entry(config, "snr_shift_scale", 1.0)
+    if scale != 1:  # CogVideoX: the SNR divided by it
+        positive(snr_shift_scale=scale)
+        squares = (
+            schedule.alpha(
+                torch.arange(1, schedule.levels + 1, dtype=torch.float64, device="cpu") / schedule.levels
+            )
+            ** 2
+        )
+        schedule = Discrete.from_alphas_cumprod(squares / (scale + (1 - scale) * squares))
     return schedule.zero_terminal_snr() if entry(config, "rescale_betas_zero_snr", False) else schedule
 
 
@@ -99,75 +118,96 @@ def entry(config: Any, name: str, default: Any) -> Any:
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether the path is alpha = 1 - sigma."""
     return (
-        bool(entry(config, "use_flow_sigmas", False))
+        _is_flow_matching(config)
+        or bool(entry(config, "use_flow_sigmas", False))
         or entry(config, "prediction_type", "") == "flow_prediction"
-        or "FlowMatch" in str(entry(config, "_class_name", ""))
     )
 
 
 def predicts_of(config: Mapping[str, Any]) -> str:
     """Our word for the config's prediction_type."""
-    usual = "flow_prediction" if "FlowMatch" in str(entry(config, "_class_name", "")) else "epsilon"
+    usual = "flow_prediction" if _is_flow_matching(config) else "epsilon"
     return PREDICTS[choice("prediction_type", entry(config, "prediction_type", usual), tuple(PREDICTS))]
 
 
+def _is_flow_matching(config: Mapping[str, Any]) -> bool:
+    """Whether it is of a FlowMatch...Scheduler, whose config made in code does not say so: it has a shift and no betas."""
+    has_betas = (
+        entry(config, "beta_schedule", None) is not None or entry(config, "trained_betas", None) is not None
+    )
+    return "FlowMatch" in str(entry(config, "_class_name", "")) or ("shift" in config and not has_betas)
+
+
 def _shift(config: Mapping[str, Any], mu: float | None) -> float:
-    """shift t / (1 + (shift - 1) t) is all of diffusers' shifts: fixed by either name, or by mu."""
+    """shift t / (1 + (shift - 1) t) is all of diffusers' shifts: fixed under either name, or by mu."""
     if entry(config, "use_dynamic_shifting", False):
         if mu is None:
             raise ValueError(
                 "use_dynamic_shifting = True: give mu, which depends on the image's size, e.g. mu=1.15"
             )
         kind = choice(
-            "time_shift_type", entry(config, "time_shift_type", "exponential"), ("exponential", "linear")
+            "time_shift_type",
+            entry(config, "time_shift_type", "exponential"),
+            ("exponential", "linear"),
         )
         mu = number("mu", mu)
         return float(torch.tensor(mu, dtype=torch.float64).exp()) if kind == "exponential" else mu
     if mu is not None:
         raise ValueError(f"mu = {mu}: the config has use_dynamic_shifting = False, and a shift of its own")
-    return entry(config, "shift", 1.0) * entry(config, "flow_shift", 1.0)
+    # a config keeps entries of the schedulers it has been through: the one that its own class reads counts
+    named = "shift" if _is_flow_matching(config) or "flow_shift" not in config else "flow_shift"
+    return float(entry(config, named, 1.0))
 
 
-def _betas(config: Mapping[str, Any]) -> Tensor:
-    """The betas of diffusers, in float64."""
+def _discrete(config: Mapping[str, Any]) -> Discrete:
+    """The levels of diffusers' betas, in float64."""
     trained = entry(config, "trained_betas", None)
     if trained is not None:
-        return numbers("trained_betas", trained)
+        return Discrete(numbers("trained_betas", trained))
+    if entry(config, "beta_schedule", None) is None:
+        name = entry(config, "_class_name", "the config")
+        raise ValueError(
+            f"{name} names no betas, and is not of a flow: expected beta_schedule or trained_betas, prediction_type='flow_prediction', or the config of a "
+            "FlowMatch scheduler"
+        )
     levels = whole("num_train_timesteps", entry(config, "num_train_timesteps", 1000), 2, 10**6)
     first, last = (
         float(entry(config, name, value)) for name, value in (("beta_start", 1e-4), ("beta_end", 0.02))
     )
-    line = partial(torch.linspace, steps=levels, dtype=torch.float64, device="cpu")
-    kinds: dict[str, Callable[[], Tensor]] = {
-        "linear": lambda: line(first, last),
-        "scaled_linear": lambda: line(first**0.5, last**0.5) ** 2,
-        "sigmoid": lambda: torch.sigmoid(line(-6.0, 6.0)) * (last - first) + first,
-        "squaredcos_cap_v2": lambda: _of_alpha_bar(
-            lambda t: torch.cos((t + 0.008) / 1.008 * torch.pi / 2) ** 2, levels
-        ),
+    line = torch.linspace(-6, 6, levels, dtype=torch.float64, device="cpu")
+    kinds: dict[str, Callable[[], Discrete]] = {
+        "linear": lambda: Discrete.linear(levels, first, last),
+        "scaled_linear": lambda: Discrete.scaled_linear(levels, first, last),
+        "squaredcos_cap_v2": lambda: Discrete.cosine(levels),
+        "sigmoid": lambda: Discrete(torch.sigmoid(line) * (last - first) + first),
         "laplace": lambda: _of_alpha_bar(_laplace, levels),
         "exp": lambda: _of_alpha_bar(lambda t: torch.exp(-12.0 * t), levels),
     }
-    return kinds[choice("beta_schedule", entry(config, "beta_schedule", "linear"), tuple(kinds))]()
+    return kinds[choice("beta_schedule", config["beta_schedule"], tuple(kinds))]()
 
 
-def _of_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], levels: int) -> Tensor:
+def _of_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], levels: int) -> Discrete:
     """Betas of a function alpha^2 of time, none above .999."""
     values = alpha_bar(torch.arange(levels + 1, dtype=torch.float64, device="cpu") / levels)
-    return (1 - values[1:] / values[:-1]).clamp(max=0.999)
+    return Discrete((1 - values[1:] / values[:-1]).clamp(max=0.999))
 
 
 def _laplace(t: Tensor) -> Tensor:
     """alpha^2 of the Laplace schedule, whose log-SNR is -sign(1/2 - t) log(1 - 2 |1/2 - t| + 1e-6) / 2."""
-    lam = -0.5 * torch.sign(0.5 - t) * torch.log(1 - 2 * (0.5 - t).abs() + 1e-6)
-    return torch.sigmoid(lam)
+    return torch.sigmoid(-0.5 * torch.sign(0.5 - t) * torch.log(1 - 2 * (0.5 - t).abs() + 1e-6))
 
 
 def label_of(schedule: Discrete | Flow, network: Any, levels: int) -> Callable[[Tensor], Tensor]:
     """What the network reads at t: step numbers, fractional between levels, or sigma times their number."""
     if isinstance(schedule, Discrete):
         return schedule.label
-    if type(getattr(network, "_orig_mod", network)).__name__.startswith(READS_SIGMA):  # compiled or not
+    name = type(getattr(network, "_orig_mod", network)).__name__  # compiled or not
+    if name.startswith(READS_ALPHA):
+        raise ValueError(
+            f"{name} runs from 0 at noise to 1 at data, or says so of its output: bind it as it is called in its pipeline, and take sv.adapters.from_flow(velocity, "
+            "noise_at=0)"
+        )
+    if name.startswith(READS_SIGMA):
         return schedule.sigma
     return lambda t: levels * schedule.sigma(t)
 
@@ -193,6 +233,9 @@ def bounded(model: Model, config: Mapping[str, Any], channels: int | None = None
 
 
 def _dtype_of(network: Any) -> torch.dtype | None:
-    """The dtype of a network's weights, if it has any."""
+    """In which a network is to be called: what it says, else its first weight's."""
+    told = getattr(network, "dtype", None)
+    if isinstance(told, torch.dtype):
+        return told
     weights = network.parameters() if isinstance(network, torch.nn.Module) else ()
     return next((weight.dtype for weight in weights if weight.is_floating_point()), None)

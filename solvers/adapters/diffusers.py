@@ -5,23 +5,32 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from solvers import grids
-from solvers.adapters.configs import bounded, from_diffusers, is_flow, label_of, predicts_of, schedule_of
+from solvers.adapters.configs import (
+    PREDICTS,
+    bounded,
+    from_diffusers,
+    is_flow,
+    label_of,
+    predicts_of,
+    schedule_of,
+)
 from solvers.arguments import choice, number, numbers, whole
 from solvers.discrete import Discrete
 from solvers.methods import BUILDS
-from solvers.methods.unipc import calls_of_steps, recommended
+from solvers.methods.unipc import first_calls, recommended_for
 from solvers.noise import Source, noised, per_sample
 from solvers.plan import Plan
 from solvers.predictions import Model
 from solvers.rows import Row, rows_of
 from solvers.run import State, execute
-from solvers.schedules import Flow
+from solvers.schedules import Flow, Schedule
 
 try:
     from diffusers import ConfigMixin, SchedulerMixin
@@ -34,6 +43,8 @@ except ImportError as error:
 GRIDS = (
     "angle",
     "angle_levels",
+    "logalpha",
+    "logalpha_levels",
     "uniform",
     "quadratic",
     "power",
@@ -43,7 +54,10 @@ GRIDS = (
     "leading",
     "trailing",
 )
-ON_LEVELS = ("angle_levels", "linspace", "leading", "trailing")  # which end at clean data
+ON_LEVELS = ("angle_levels", "logalpha_levels", "linspace", "leading", "trailing")  # which end at clean data
+ON_FLOWS = ("angle", "uniform", "quadratic", "power")  # for which alpha = 0 is a time like others
+NAMES = {ours: theirs for theirs, ours in PREDICTS.items()}
+ROUNDED = 1e-3  # by how much published sigmas may leave the network's levels
 
 __all__ = ["SolversScheduler", "from_diffusers"]
 
@@ -53,15 +67,80 @@ class _Run:
     """What one thread's sampling has come to: the plan, and the state between two steps."""
 
     schedule: Discrete | Flow
-    times: Tensor
+    times: Tensor  # the outer grid
     plan: Plan
-    timesteps: Tensor  # one for each call
-    device_timesteps: Tensor
+    timesteps: Tensor  # one for each call, on the host
+    on_device: Tensor  # the same where the pipeline wants them
+    sigmas: Tensor  # at each call and at the end
+    firsts: list[int]  # the call that begins each step
     begin: int | None = None
-    index: int = 0  # of the next call
+    index: int | None = None  # of the next call; None before the first
     rows: list[Row] | None = None
     state: State | None = None
     returned: tuple[Tensor, int] | None = None  # what the last step gave, and its version
+
+    def order(self) -> int:
+        """Calls in a step; 1 where steps differ in that, but for the last, which may make fewer."""
+        counts = [b - a for a, b in pairwise([*self.firsts, len(self.timesteps)])]
+        return counts[0] if set(counts[:-1]) <= {counts[0]} and counts[-1] <= counts[0] else 1
+
+    def place(self, timestep: float | Tensor) -> int | None:
+        """Which of the timesteps this is, by where it lies in memory, and no look at a device; None if it lies elsewhere."""
+        ours = self.on_device
+        if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != ours.dtype:
+            return None
+        if timestep.untyped_storage().data_ptr() != ours.untyped_storage().data_ptr():
+            return None
+        return int(timestep.storage_offset() - ours.storage_offset())
+
+    def found(self, timestep: float | Tensor) -> int:
+        """Which of the timesteps has this value. It is asked of a copy on a device at the first step alone, if nobody said where to begin."""
+        here = (self.timesteps == float(timestep)).nonzero().flatten().tolist()
+        if len(here) != 1:
+            raise ValueError(
+                f"timestep = {timestep} is {'more than once in' if here else 'not among'} the timesteps of this run: pass an element of "
+                "scheduler.timesteps, or say where to start by scheduler.set_begin_index(i)"
+            )
+        return here[0]
+
+    def check_turn(self, timestep: float | Tensor) -> None:
+        """The timestep is the one whose turn it is, as far as that can be seen without the device."""
+        assert self.index is not None
+        if self.index >= len(self.timesteps):
+            raise ValueError(
+                f"the run is over after {len(self.timesteps)} calls: call scheduler.set_timesteps for another"
+            )
+        place = self.place(timestep)
+        if place is None and not (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
+            place = self.index if float(timestep) == float(self.timesteps[self.index]) else -1
+        if place not in (None, self.index):
+            raise ValueError(
+                f"timestep = {timestep} is out of turn: expected {self.timesteps[self.index]}, the one of call {self.index}"
+            )
+
+    def before(self, sample: Tensor) -> State:
+        """The state before a step: the sample, or, if that is what the last step gave, what it gave before rounding."""
+        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        if self.state is None:
+            return State(sample.to(dtype))
+        if sample.shape != self.state.x.shape:
+            raise ValueError(
+                f"sample has shape {list(sample.shape)} in call {self.index}: expected that of the calls before, {list(self.state.x.shape)}"
+            )
+        unchanged = (
+            self.returned is not None and sample is self.returned[0] and sample._version == self.returned[1]
+        )
+        return self.state if unchanged else replace(self.state, x=sample.to(dtype))
+
+    def after(self, state: State, dtype: torch.dtype) -> Tensor:
+        """What the pipeline is given, and what is kept for the next step, if there is one."""
+        assert self.index is not None
+        following = state.x.to(dtype)
+        self.index += 1
+        over = self.index == len(self.timesteps)
+        self.state = None if over else state
+        self.returned = None if over else (following, following._version)
+        return following
 
 
 class SolversScheduler(SchedulerMixin, ConfigMixin):
@@ -80,11 +159,12 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         trained_betas: the betas themselves, in place of those.
         prediction_type: "epsilon" | "v_prediction" | "sample" | "flow_prediction".
         rescale_betas_zero_snr: whether the last level has alpha = 0, here exactly.
+        snr_shift_scale: what the SNR of the betas is divided by, as CogVideoX has it.
         use_flow_sigmas: whether the path is alpha = 1 - sigma, also for another prediction than the flow.
-        flow_shift: of the path, as DPMSolverMultistepScheduler has it.
-        shift: of the path, as FlowMatchEulerDiscreteScheduler has it.
+        shift: of that path, called flow_shift by some; from_config reads both.
         use_dynamic_shifting: whether set_timesteps is given mu.
         time_shift_type: "exponential", a shift e^mu, or "linear", a shift mu.
+        shift_terminal: the least sigma, to which a pipeline's own sigmas of a flow are stretched; None to leave them.
         clip_sample: whether the data prediction is cut to clip_sample_range.
         clip_sample_range: half the width of that.
         thresholding: whether it is cut by `guidance.thresholded`.
@@ -93,7 +173,7 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         variance_type: "learned_range" if the network's second output is a variance between the least and the most.
         method: a name of docs/methods.md, of a method that has a table before the first call.
         options: of the method, e.g. {"eta": 0.5}; names as in its function.
-        grid: "angle" | "angle_levels" | "uniform" | "quadratic" | "power" | "logsnr" | "karras" | "linspace" | "leading" | "trailing"; None: the method's own, as `sample`.
+        grid: "angle" | "angle_levels" | "logalpha" | "logalpha_levels" | "uniform" | "quadratic" | "power" | "logsnr" | "karras" | "linspace" | "leading" | "trailing"; None: the method's own, as `sample`.
         seed: of the noise, where the pipeline passes no generator on.
 
     Raises:
@@ -113,11 +193,12 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         trained_betas: Sequence[float] | None = None,
         prediction_type: str = "epsilon",
         rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
         use_flow_sigmas: bool = False,
-        flow_shift: float = 1.0,
         shift: float = 1.0,
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         thresholding: bool = False,
@@ -130,13 +211,19 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         seed: int | None = None,
     ):
         self._threads = threading.local()
-        self._build = _method(method, options)
+        self._build = _method(method, options, predicts_of(self.config))
+        flow = is_flow(self.config)
         if grid is not None:
-            choice("grid", grid, GRIDS)
+            choice("grid", grid, ON_FLOWS if flow else GRIDS)
         if seed is not None:
             whole("seed", seed, 0, 2**63 - 1)
+        if not flow and (shift != 1 or use_dynamic_shifting or shift_terminal is not None):
+            raise ValueError(
+                f"shift = {shift}, use_dynamic_shifting = {use_dynamic_shifting}, shift_terminal = {shift_terminal}: only a flow is shifted, expected "
+                "prediction_type='flow_prediction' or use_flow_sigmas=True with them"
+            )
         if not use_dynamic_shifting:
-            schedule_of(self.config)
+            self._schedule()
         bounded(Model(_no_network, predicts=predicts_of(self.config)), self.config)
 
     @classmethod
@@ -149,10 +236,15 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
             ValueError: the config is of a scheduler that this library has no schedule for.
         """
         config = {} if config is None else config
-        if isinstance(config, Mapping):
-            schedule_of({**config, "use_dynamic_shifting": False})
-            if is_flow(config) and "prediction_type" not in config:
-                kwargs.setdefault("prediction_type", "flow_prediction")
+        if isinstance(config, Mapping) and config:
+            whole_config = {**config, **kwargs}
+            schedule = schedule_of({**whole_config, "use_dynamic_shifting": False})
+            # by the entries that the config's own class reads; it may hold others, of classes it has been through
+            if isinstance(schedule, Flow):
+                kwargs.setdefault("shift", kwargs.pop("flow_shift", schedule.shift))
+                kwargs.setdefault("prediction_type", NAMES[predicts_of(whole_config)])
+            else:
+                kwargs |= {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def set_timesteps(
@@ -168,13 +260,22 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: steps of the config's grid.
             device: of the timesteps.
-            timesteps: in place of it: the steps the network reads at each call of a one-call method, decreasing; clean data follow. Not for flows.
+            timesteps: in place of it: the steps the network reads at each call of a one-call method, decreasing; clean data follow. Of a flow they
+                are left aside, and sigmas count.
             sigmas: in place of it: for a flow the sigmas before the shift, from 1; else sigma / alpha; 0 follows.
             mu: of dynamic shifting.
 
         Raises:
             ValueError: not exactly one of the three; a time is not on the schedule; a plan whose first row adds noise.
         """
+        # pipelines compute mu whether the config has a use for it or not
+        schedule = self._schedule(mu if self.config["use_dynamic_shifting"] else None)
+        if isinstance(schedule, Flow) and timesteps is not None:
+            if sigmas is None:
+                raise ValueError(
+                    "timesteps of a flow would be shifted or not, as one understands them: give sigmas, before the shift"
+                )
+            timesteps = None
         asked = [v for v in (timesteps, sigmas) if v is not None]
         if len(asked) > 1 or (num_inference_steps is None and not asked):
             raise ValueError(
@@ -184,30 +285,53 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"num_inference_steps = {num_inference_steps}, but {len(asked[0])} times are given: leave it out"
             )
-        # pipelines compute mu whether the config has a use for it or not
-        schedule = schedule_of(self.config, mu if self.config["use_dynamic_shifting"] else None)
         if timesteps is not None:
-            times = self._times_of_steps(schedule, numbers("timesteps", timesteps))
+            times = _behind((numbers("timesteps", timesteps) + 1) / len(self), schedule)
         elif sigmas is not None:
-            times = _times_of_sigmas(schedule, numbers("sigmas", sigmas))
+            times = self._times_of_sigmas(schedule, numbers("sigmas", sigmas))
         else:
             whole("num_inference_steps", num_inference_steps, 1, grids.MAX_STEPS, example=20)  # type: ignore[arg-type]
-            times = _times(schedule, num_inference_steps, self.config["grid"])  # type: ignore[arg-type]
+            times = self._grid(schedule, num_inference_steps)  # type: ignore[arg-type]
         plan = self._build(schedule, times)
         if not plan.is_called[0]:
             raise ValueError(
                 f"method = {self.config['method']!r} adds noise before its first call, which a pipeline has no place for: use sv.run"
             )
         labels = self._labels(schedule, plan)
+        stands = torch.cat([plan.is_called, torch.ones(1, dtype=torch.bool, device="cpu")])
+        sigma, alpha = plan.sigma[stands], plan.alpha[stands]
         self._threads.run = _Run(
-            schedule, times, plan, labels, labels if device is None else labels.to(device)
+            schedule,
+            times,
+            plan,
+            labels,
+            on_device=labels if device is None else labels.to(device),
+            sigmas=(sigma if isinstance(schedule, Flow) else sigma / alpha).float(),
+            firsts=first_calls(plan, times).tolist(),
         )
 
     @property
     def timesteps(self) -> Tensor:
         """What the network reads at each call, [nfe]: int64 where all are whole, else float32."""
         run = self._of_thread()
-        return torch.arange(len(self) - 1, -1, -1) if run is None else run.device_timesteps
+        return torch.arange(len(self) - 1, -1, -1) if run is None else run.on_device
+
+    @property
+    def sigmas(self) -> Tensor:
+        """At each call and at the end, [nfe + 1], float32 on the host: of a flow sigma, else sigma / alpha."""
+        return self._running().sigmas
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha^2 at every level of the network, [N], float32.
+
+        Raises:
+            ValueError: a flow has no levels.
+        """
+        schedule = self._schedule()
+        if not isinstance(schedule, Discrete):
+            raise ValueError("a flow has no levels, and so no alphas_cumprod")
+        return (schedule.alpha(torch.arange(1, len(self) + 1, dtype=torch.float64) / len(self)) ** 2).float()
 
     @property
     def num_inference_steps(self) -> int | None:
@@ -219,9 +343,7 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
     def order(self) -> int:
         """Calls per step, as diffusers understands the word."""
         run = self._of_thread()
-        if run is None or run.plan.rows == 1:
-            return 1
-        return int(_first_calls(run.plan, run.times).diff().max()) if len(run.times) > 2 else run.plan.nfe
+        return 1 if run is None else run.order()
 
     @property
     def plan(self) -> Plan:
@@ -238,11 +360,16 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
     def step_index(self) -> int | None:
         """The number of the next call; None before the first."""
         run = self._of_thread()
-        return None if run is None or run.state is None else run.index
+        return None if run is None else run.index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at a later call, as image-to-image does: the method is built anew on the grid from there."""
         run = self._running()
+        if begin_index and run.order() == 1 and len(run.firsts) < len(run.timesteps):
+            raise ValueError(
+                f"method = {self.config['method']!r} makes more calls in some steps than in others, so that a pipeline cannot know where they begin: take one "
+                "of as many in each, e.g. method='recommended'"
+            )
         run.begin = whole("begin_index", begin_index, 0, len(run.timesteps) - 1)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -279,11 +406,11 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
                 f"eta = {eta}: the noise belongs to the method, e.g. SolversScheduler(method='ddim', options={{'eta': {eta}}})"
             )
         run = self._running()
-        if run.state is None:
+        if run.index is None:
             self._start(run, timestep)
-        self._check_turn(run, timestep)
+        run.check_turn(timestep)
         grad = torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad)
-        state = self._state(run, sample)
+        state = run.before(sample)
         model = self._model(lambda x, label: model_output, model_output.shape, sample.shape)
         run.rows = rows_of(run.plan, model, state.x) if run.rows is None else run.rows
         source = self._source(run.plan, generator, len(sample))
@@ -291,20 +418,19 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         while stop < run.plan.rows and not run.rows[stop].is_called:
             stop += 1  # rows that only add noise
         reached: list[State] = []
-        with torch.set_grad_enabled(grad):
+        # what is kept from step to step is no inference tensor, which knows no version
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
             execute(
                 run.plan, model, state, source, run.rows, stop, reached.append, grad=grad,
                 check=state.x.device.type == "cpu",
             )  # fmt: skip
-        run.state, run.index = reached[-1], run.index + 1
-        following = run.state.x.to(sample.dtype)
-        run.returned = (following, following._version)
+            following = run.after(reached[-1], sample.dtype)
         return SchedulerOutput(prev_sample=following) if return_dict else (following,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x_0 + sigma noise at the levels that the network calls `timesteps`, [B] or [1], in the dtype of x_0."""
         run = self._of_thread()
-        schedule = schedule_of(self.config) if run is None else run.schedule
+        schedule = self._schedule() if run is None else run.schedule
         labels = timesteps.reshape(-1).double().cpu()
         if isinstance(schedule, Discrete):
             t = (labels + 1) / schedule.levels
@@ -345,12 +471,41 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         variance = "range" if doubled and self.config["variance_type"] == "learned_range" else None
         return bounded(Model(net, predicts=predicts_of(self.config), variance=variance), self.config)
 
-    def _times_of_steps(self, schedule: Discrete | Flow, steps: Tensor) -> Tensor:
-        if not isinstance(schedule, Discrete):
+    def _schedule(self, mu: float | None = None) -> Discrete | Flow:
+        return schedule_of(
+            {**self.config, "flow_shift": None}, mu
+        )  # whatever it is called elsewhere, here it is shift
+
+    def _times_of_sigmas(self, schedule: Discrete | Flow, sigmas: Tensor) -> Tensor:
+        if isinstance(schedule, Flow):
+            least = self.config["shift_terminal"]
+            if least is None:
+                return _behind(sigmas, schedule)
+            away = schedule.alpha(sigmas)
+            return _behind(_times_at(schedule, 1 - away * (1 - least) / away[-1]), schedule)
+        levels = torch.tensor([1.0, schedule.stop], dtype=torch.float64, device="cpu")
+        most, least = torch.exp(-schedule.half_logsnr(levels)).tolist()
+        inner = sigmas[:-1] if len(sigmas) and sigmas[-1] == 0 else sigmas
+        # published ones are rounded, or of betas in float32
+        inner = torch.where((inner > most) & (inner < most * (1 + ROUNDED)), most, inner)
+        inner = torch.where((inner < least) & (inner > least * (1 - ROUNDED)), least, inner)
+        if not ((inner >= least) & (inner <= most)).all():
             raise ValueError(
-                "timesteps of a flow would be shifted or not, as one understands them: give sigmas, before the shift"
+                f"sigmas from {inner.max():g} to {inner.min():g}: expected sigma / alpha within the network's levels, {most:g} to {least:g}"
             )
-        return grids.given(schedule, torch.cat([(steps + 1) / schedule.levels, torch.zeros_like(steps[:1])]))
+        return _behind(schedule.time(-torch.log(inner)).clamp(schedule.stop, 1.0), schedule)
+
+    def _grid(self, schedule: Discrete | Flow, steps: int) -> Tensor:
+        """The config's grid. One that knows nothing of levels ends at the lowest of them, and then at clean data."""
+        name = self.config["grid"]
+        if name is None:
+            predicts = predicts_of(self.config) if self.config["method"] == "recommended" else None
+            return grids.usual(schedule, predicts)(schedule, steps)
+        grid = getattr(grids, name)
+        if not isinstance(schedule, Discrete) or name in ON_LEVELS:
+            return grid(schedule, steps)
+        start = torch.tensor([schedule.start], dtype=torch.float64, device="cpu")
+        return _behind(grid(schedule, steps - 1) if steps > 1 else start, schedule)
 
     def _labels(self, schedule: Discrete | Flow, plan: Plan) -> Tensor:
         label = label_of(schedule, None, self.config["num_train_timesteps"])
@@ -363,50 +518,23 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
 
     def _start(self, run: _Run, timestep: float | Tensor) -> None:
         """Before the first step: where it is, and from a later one the method anew on what is left of the grid."""
-        first = run.begin
-        if first is None:
-            first = _place_in(run.device_timesteps, timestep)
-        if first is None:
-            first = _found(run.timesteps, timestep)
+        first = run.place(timestep) if run.begin is None else run.begin
+        first = run.found(timestep) if first is None else first
         if first:
-            firsts = _first_calls(run.plan, run.times).tolist()
-            later = self._build(run.schedule, run.times[firsts.index(first) :]) if first in firsts else None
+            later = None
+            if first in run.firsts:
+                later = self._build(run.schedule, run.times[run.firsts.index(first) :])
             if later is None or not torch.equal(self._labels(run.schedule, later), run.timesteps[first:]):
+                why = (
+                    "it is in the middle of a step"
+                    if later is None
+                    else "begun there, it has other calls than it would have had there"
+                )
                 raise ValueError(
-                    f"method = {self.config['method']!r} cannot start at call {first}: "
-                    + (
-                        "it is in the middle of a step"
-                        if later is None
-                        else "begun there, it has other calls than it would have had there"
-                    )
-                    + "; start at a step, by a method of as many calls in each"
+                    f"method = {self.config['method']!r} cannot start at call {first}: {why}; start at a step, by a method of as many calls in each"
                 )
             run.plan = later
         run.index = first
-
-    def _check_turn(self, run: _Run, timestep: float | Tensor) -> None:
-        """The timestep is the one whose turn it is, as far as that can be seen without the device."""
-        if run.index >= len(run.timesteps):
-            raise ValueError(
-                f"the run is over after {len(run.timesteps)} calls: call scheduler.set_timesteps for another"
-            )
-        place = _place_in(run.device_timesteps, timestep)
-        if place is None and not (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
-            place = run.index if float(timestep) == float(run.timesteps[run.index]) else -1
-        if place not in (None, run.index):
-            raise ValueError(
-                f"timestep = {timestep} is out of turn: expected {run.timesteps[run.index]}, the one of call {run.index}"
-            )
-
-    def _state(self, run: _Run, sample: Tensor) -> State:
-        """The state before the step: the sample, or, if that is what the last step gave, what it gave before rounding."""
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        if run.state is None:
-            return State(sample.to(dtype))
-        unchanged = (
-            run.returned is not None and sample is run.returned[0] and sample._version == run.returned[1]
-        )
-        return run.state if unchanged else replace(run.state, x=sample.to(dtype))
 
     def _source(self, plan: Plan, generator: Any, batch: int) -> Source | None:
         if not plan.is_stochastic:
@@ -427,10 +555,10 @@ def _no_network(x: Tensor, label: Tensor) -> Tensor:
     raise NotImplementedError  # a scheduler's steps bring their outputs with them
 
 
-def _method(name: str, options: Mapping[str, Any] | None) -> Callable[..., Plan]:
+def _method(name: str, options: Mapping[str, Any] | None, predicts: str) -> Callable[..., Plan]:
     """A method of the table by name, with options bound."""
     choice("method", name, tuple(BUILDS))
-    build = partial(recommended, start="ramp") if name == "recommended" else BUILDS[name]
+    build = partial(recommended_for(predicts), start="ramp") if name == "recommended" else BUILDS[name]
     build = partial(build, **(options or {}))
     try:
         inspect.signature(build).bind(None, None)
@@ -439,51 +567,12 @@ def _method(name: str, options: Mapping[str, Any] | None) -> Callable[..., Plan]
     return build
 
 
-def _times(schedule: Discrete | Flow, steps: int, name: str | None) -> Tensor:
-    """The grid by name. One that knows nothing of levels ends at the lowest of them, and then at clean data."""
-    if name is None or not isinstance(schedule, Discrete) or name in ON_LEVELS:
-        return (grids.usual(schedule) if name is None else getattr(grids, name))(schedule, steps)
-    start = torch.tensor([schedule.start], dtype=torch.float64, device="cpu")
-    calls = getattr(grids, name)(schedule, steps - 1) if steps > 1 else start
-    return grids.given(schedule, torch.cat([calls, torch.zeros_like(start)]))
-
-
-def _times_of_sigmas(schedule: Discrete | Flow, sigmas: Tensor) -> Tensor:
-    inner = sigmas if isinstance(schedule, Flow) else schedule.time(-torch.log(sigmas))
-    return grids.given(
-        schedule,
-        inner if len(sigmas) and sigmas[-1] == 0 else torch.cat([inner, torch.zeros_like(sigmas[:1])]),
-    )
+def _behind(times: Tensor, schedule: Schedule) -> Tensor:
+    """The times of calls, with clean data behind them."""
+    ended = len(times) > 0 and times[-1] == 0
+    return grids.given(schedule, times if ended else torch.cat([times, torch.zeros_like(times[:1])]))
 
 
 def _times_at(schedule: Flow, sigma: Tensor) -> Tensor:
     """The time at which a flow has some sigma."""
     return sigma / (schedule.shift + (1 - schedule.shift) * sigma)
-
-
-def _first_calls(plan: Plan, times: Tensor) -> Tensor:
-    """The number of the call that begins each step, [steps]."""
-    called = plan.is_called.nonzero().flatten()
-    return torch.searchsorted(called, calls_of_steps(plan, times))
-
-
-def _found(timesteps: Tensor, timestep: float | Tensor) -> int:
-    """Which of the timesteps a number on the host is; of one on a device, which is not read, it is taken to be the first."""
-    if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
-        return 0
-    here = (timesteps == float(timestep)).nonzero().flatten().tolist()
-    if len(here) != 1:
-        raise ValueError(
-            f"timestep = {timestep} is {'more than once in' if here else 'not among'} the timesteps of this run: pass an element of "
-            "scheduler.timesteps, or say where to start by scheduler.set_begin_index(i)"
-        )
-    return here[0]
-
-
-def _place_in(timesteps: Tensor, timestep: Any) -> int | None:
-    """Which element of a tensor this is, by where it lies in memory; None if it lies elsewhere."""
-    if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != timesteps.dtype:
-        return None
-    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
-        return None
-    return int(timestep.storage_offset() - timesteps.storage_offset())

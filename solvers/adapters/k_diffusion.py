@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solvers.arguments import numbers
 from solvers.grids import given
-from solvers.methods.unipc import calls_of_steps
+from solvers.methods.unipc import calls_of_steps, first_calls
 from solvers.noise import Noise
 from solvers.plan import Plan, last_use
 from solvers.predictions import Model
@@ -63,20 +63,29 @@ def sampler(method: Callable[..., Plan], schedule: Schedule = VARIANCE_EXPLODING
             error.add_note("times are the sigmas here")
             raise
         plan = method(schedule, times, **options)
-        if plan.is_stochastic and noise is None:
-            noise = extra.get("seed") if noise_sampler is None else _as_source(noise_sampler, plan, times)
-        first_calls = _first_calls(plan, times)
+        if noise is not None and noise_sampler is not None:
+            raise ValueError("noise and noise_sampler are both given: expected one of them")
+        if plan.is_stochastic and noise_sampler is not None:
+            noise = _as_source(noise_sampler, plan, times)
+        elif plan.is_stochastic and noise is None and isinstance(extra.get("seed"), int):
+            noise = extra["seed"] % 2**63  # ComfyUI's are below 2^64
+        steps = {call: i for i, call in enumerate(first_calls(plan, times).tolist())}
         done = 0
 
         def net(x: Tensor, sigma: Tensor) -> Tensor:
             nonlocal done
+            x = x if callback is None else x.clone()  # for the callback to keep
             denoised = model(x, sigma, **extra)
-            if callback is not None and done in first_calls:
-                i = first_calls[done]
+            if callback is not None and done in steps:
+                i = steps[done]
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigma[0], "denoised": denoised})
             done += 1
             return denoised
 
+        if plan.is_stochastic and noise is None:
+            raise ValueError(
+                "the method is stochastic and needs noise: give noise=0, a noise_sampler, or extra_args={'seed': 0}"
+            )
         progress = sys.stderr.isatty() if disable is None else not disable
         return run(plan, Model(net, predicts="data"), x, noise, progress=progress).to(x.dtype)
 
@@ -125,15 +134,12 @@ def _as_source(
     begin = torch.where(alone, times[steps], plan.times[rows])
     end = torch.where(alone, times[steps + 1], plan.times[rows + 1])
     intervals = dict(zip(rows.tolist(), torch.stack([begin, end], 1), strict=True))
+    if len({tuple(interval.tolist()) for interval in intervals.values()}) < len(intervals):
+        raise ValueError(
+            "the method draws twice over one interval of sigma, which a noise_sampler cannot tell apart: give noise=0 in its place"
+        )
 
     def source(draw: int, like: Tensor) -> Tensor:
         return noise_sampler(*intervals[draw].to(like)).to(like)
 
     return source
-
-
-def _first_calls(plan: Plan, times: Tensor) -> dict[int, int]:
-    """The number of the call that comes first in each step, to the number of the step."""
-    called = plan.is_called.nonzero().flatten()
-    begins = calls_of_steps(plan, times)
-    return {call: i for i, call in enumerate(torch.searchsorted(called, begins).tolist())}

@@ -26,7 +26,8 @@ def from_edm(
         net: with sigma_min, sigma_max and round_sigma.
         class_labels: [B, label_dim], or None.
         sigma_min: of the schedule; raised to the network's own.
-        sigma_max: of the schedule; lowered to the network's own. x at the start is sigma_max times standard normals.
+        sigma_max: of the schedule; lowered to the network's own. x at the start is that times standard normals; of a network that rounds,
+            edm_grid(net)(schedule, steps)[0] times.
 
     Returns:
         (model, schedule): a model that predicts data, and reads sigma. Asking it at a sigma that it would round is an error.
@@ -103,7 +104,11 @@ def from_score(score: Callable[[Tensor, Tensor], Tensor], sde: Any) -> tuple[Mod
     t = torch.tensor([0.01, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64, device="cpu")
     marginal = getattr(sde, "marginal_prob", None)
     if marginal is not None:
-        alpha, sigma = marginal(torch.ones(len(t), 1, 1, 1, dtype=t.dtype, device="cpu"), t)
+        ones = torch.ones(len(t), 1, 1, 1, dtype=t.dtype, device="cpu")
+        try:
+            alpha, sigma = marginal(ones, t)
+        except RuntimeError:  # of vectors, not images
+            alpha, sigma = marginal(ones[:, :, 0, 0], t)
         for schedule in candidates:
             pairs = (schedule.alpha(t), host(alpha).flatten()), (schedule.sigma(t), host(sigma).flatten())
             if all(torch.allclose(mine, theirs, rtol=AGREEMENT, atol=0) for mine, theirs in pairs):

@@ -130,6 +130,9 @@ METHODS: dict[str, Method] = {
     "unipc_angle_4": Method(
         partial(unipc, order=4, predicts="velocity", variable="angle", start="singlestep"), 5, 1, (2, 4)
     ),
+    "unipc_asinh_4": Method(
+        partial(unipc, order=4, predicts="velocity", variable="asinh", start="singlestep"), 5, 1, (2, 4)
+    ),
     "unipc_3": Method(partial(unipc, order=3, start="singlestep"), 4, 1, (1, 3)),
     "unipc_3_ramp": Method(partial(unipc, order=3), 3, 1),
     "unipc_4": Method(partial(unipc, order=4, start="singlestep"), 5, 1, (2, 4)),
@@ -190,7 +193,9 @@ SDES: dict[str, Method] = {
 }
 """The stochastic methods; `restart`, learned variances and Langevin steps ask for more than a grid."""
 
-BUILDS: dict[str, Callable[[Schedule, Tensor], Plan]] = {"recommended": recommended} | {
-    name: method.build for name, method in (METHODS | SDES).items()
+RECOMMENDED: dict[str, Callable[[Schedule, Tensor], Plan]] = {
+    "recommended": recommended,
+    "recommended_asinh": partial(recommended, variable="asinh"),
 }
+BUILDS = RECOMMENDED | {name: method.build for name, method in (METHODS | SDES).items()}
 """Every method by name; `recommended` has no entry above, as its order and calls follow the number of steps."""

@@ -15,7 +15,7 @@ from solvers.phi import moment
 from solvers.schedules import Schedule
 
 FORMS = ("noise", "data", "velocity")
-VARIABLES = ("half_logsnr", "t", "sigma", "angle")
+VARIABLES = ("half_logsnr", "t", "sigma", "angle", "asinh")
 NATURAL = {"noise": "sigma", "velocity": "angle"}  # the variable that is the form's natural time
 RATE = {"noise": 1.0, "data": -1.0}  # of the kernel exp(rate (lam_t - lam))
 # half log-SNR -> T, the integral of tau^2 over half log-SNR, from anywhere
@@ -77,7 +77,7 @@ class Form:
         velocity: x / n,      u = theta = arctan(rho / scale),  n = unit = sqrt(scale^2 alpha^2 + sigma^2)
 
     Of an SDE with clock T, data form has x / (sigma e^-T) and u = e^T / rho; noise form weighs eps 1 + tau^2 times. A step is x_t = (norm_t / norm_s) x_s + norm_t int (m / unit) du, with m / unit replaced by its polynomial in `variable`:
-    "half_logsnr" (lambda), "t", "sigma" (that is rho) or "angle" (theta).
+    "half_logsnr" (lambda), "t", "sigma" (that is rho), "angle" (theta) or "asinh" (arsinh(rho / scale)).
     `clock` is that of the SDE; in half log-SNR it is taken as linear over each step.
     Source: Lu et al. 2022 (arXiv 2206.00927), prop. 3.1 and (arXiv 2211.01095), prop. 4.1; velocity form: Salimans & Ho 2022
     (arXiv 2202.00512), appendix D, at scale 1; the F of Karras et al. 2022 (arXiv 2206.00364), eq. 7, is -m / n; SDE: Xue et al. 2023 (arXiv
@@ -125,6 +125,8 @@ class Form:
             return at.sigma / at.alpha
         if variable == "angle":
             return torch.atan2(at.sigma, self.scale * at.alpha)
+        if variable == "asinh":
+            return torch.asinh(at.sigma / (self.scale * at.alpha))
         return at.times if variable == "t" else at.half_logsnr
 
     def half_logsnr(self, variable: str, place: Tensor) -> Tensor:
@@ -231,7 +233,9 @@ class Form:
         if self.variable == "t" and schedule is not None:
             return schedule.time(lam), mass
         rho = torch.exp(-lam)
-        return (rho if self.variable == "sigma" else torch.atan(rho / self.scale)), mass
+        if self.variable == "sigma":
+            return rho, mass
+        return (torch.asinh if self.variable == "asinh" else torch.atan)(rho / self.scale), mass
 
     def is_infinite(self, levels: Levels) -> Tensor:
         """Whether the natural time or the variable is infinite at either end of a step, which is then taken with order 1, [steps]."""

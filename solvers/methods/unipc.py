@@ -1,18 +1,28 @@
 """Predictor-corrector: UniPC, its corrector on top of any multistep plan, and the recommended method."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from solvers.arguments import choice, numbers, whole
-from solvers.grids import given, has_levels
+from solvers.grids import PREDICTS_NOISE, given, has_levels
 from solvers.methods.exponential import Form, Levels
-from solvers.methods.multistep import FINALS, MAX_ORDER, VARIANTS, adams, adams_weights, orders_of_steps
+from solvers.methods.multistep import (
+    FINALS,
+    MAX_ORDER,
+    VARIANTS,
+    adams,
+    adams_weights,
+    exponential_adams,
+    orders_of_steps,
+)
 from solvers.plan import Plan, stacked
 from solvers.schedules import Schedule
 
-PLACES = ("half_logsnr", "sigma", "angle")  # variables that the levels tell, without the schedule
+PLACES = ("half_logsnr", "sigma", "angle", "asinh")  # variables that the levels tell, without the schedule
 
 
 def unipc(
@@ -41,7 +51,7 @@ def unipc(
         order: p, 1 to 4.
         variant: "bh1" | "bh2" | "vary_coeff", which differ where a row has one other call (first and second order steps).
         predicts: "noise" | "data" | "velocity".
-        variable: what polynomials are in: "half_logsnr", as in the paper, or "sigma" or "angle"; see `exponential_adams`.
+        variable: what polynomials are in: "half_logsnr", as in the paper, or "sigma", "angle" or "asinh"; see `exponential_adams`.
         scale: of the velocity form: 1 for v, the data's standard deviation for EDM's F.
         corrector: False for UniP alone.
         start: "ramp" | "singlestep".
@@ -79,7 +89,7 @@ def corrected(
             step that makes one call is corrected, a step of several is not.
         order: p, the number of calls before the new one that the corrector reads; fewer in the first steps.
         variant: "bh1" | "bh2" | "vary_coeff", of corrections that read one call before the new one.
-        variable: what the corrector's polynomial is in: "half_logsnr" | "sigma" | "angle".
+        variable: what the corrector's polynomial is in: "half_logsnr" | "sigma" | "angle" | "asinh".
         times: the outer steps of a plan that begins with singlestep steps; None: every row is a step.
         final: "full" | "lower"; "lower" ends with correctors of orders ..., 3, 2, as a predictor with it does.
 
@@ -126,37 +136,62 @@ def with_corrector(
     return dataclasses.replace(plan, b=b[:, :used])
 
 
-def recommended(schedule: Schedule, times: Tensor, scale: float = 1.0, start: str | None = None) -> Plan:
-    """The method that `sample` takes if none is given: UniPC in velocity form, polynomials in the angle, of an order that suits the steps.
+def recommended(
+    schedule: Schedule,
+    times: Tensor,
+    scale: float = 1.0,
+    start: str | None = None,
+    variable: str = "angle",
+) -> Plan:
+    """The method that `sample` takes if none is given: UniPC in velocity form, of an order that suits the steps and with polynomials that suit the network.
 
     Order 5 from 40 steps on; 1 call per step, 4 in the first two of 40 and more; ODE; velocity form. Order p = 2 below 9 steps,
     4 above; the last steps of lower order below 14 steps. On a Discrete schedule it stays on the levels, without the singlestep
     start, and has order 3 in the limit. It is regular where sigma = 0 and, with a network that predicts data, velocity or flow, where alpha = 0.
-    Source: this library; chosen by benchmarks/work_precision.py, see docs/which-solver.md. In the angle, its natural time, it is
+    Source: this library; chosen by benchmarks/work_precision.py and benchmarks/trained.py, see docs/which-solver.md. In the angle, its natural time, it is
     the classical Adams-Bashforth-Moulton method on the circle alpha = cos(theta), sigma = sin(theta).
 
     Args:
         schedule: noise schedule.
-        times: [steps + 1]; its grid is `angle`, on discrete levels `angle_levels`.
-        scale: the data's standard deviation. 1 suits from 0.2 to 1.5; data in other units want theirs, here and in `angle`.
+        times: [steps + 1]; its grid is `angle`, with variable = "asinh" `logalpha`, on discrete levels those of `angle_levels`, `logalpha_levels`.
+        scale: the data's standard deviation. 1 suits from 0.2 to 1.5; data in other units want theirs, here and in the grid.
         start: as of `unipc`; "ramp" for 1 call per step throughout. None: "singlestep" from 40 steps on, but for a Discrete schedule.
+        variable: "angle", or "asinh" of sigma / alpha for a trained network that predicts noise or the score: it is like log-SNR where alpha is
+            small, where such a network knows least of the data, and like the angle near the data. Order p = 2 below 12 steps, 4 above; no corrector below 7; the last
+            steps of lower order below 25.
     """
     times = given(schedule, times)
     steps = len(times) - 1
+    if choice("variable", variable, ("angle", "asinh")) == "asinh":
+        if steps < 7:
+            return exponential_adams(schedule, times, 2, "velocity", scale=scale)
+        order, final = 2 if steps < 12 else 4, "lower" if steps < 25 else "full"
+    else:
+        order, final = 2 if steps < 9 else 4, "lower" if steps < 14 else "full"
     return unipc(
         schedule,
         times,
-        order=2 if steps < 9 else 4,
+        order=order,
         predicts="velocity",
-        variable="angle",
+        variable=variable,
         scale=scale,
         start=start or ("ramp" if steps < 40 or has_levels(schedule) else "singlestep"),
-        final="lower" if steps < 14 else "full",
+        final=final,
     )
 
 
+def recommended_for(predicts: str) -> Callable[..., Plan]:
+    """`recommended` as it suits a network that predicts noise, or something else."""
+    return partial(recommended, variable="asinh") if predicts in PREDICTS_NOISE else recommended
+
+
+def first_calls(plan: Plan, times: Tensor) -> Tensor:
+    """The number, among the calls, of the one that comes first in each step of the outer grid, [steps]."""
+    return torch.searchsorted(plan.is_called.nonzero().flatten(), calls_of_steps(plan, times))
+
+
 def calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
-    """The number of the call that begins each step: the last one at its time, as a stage may stand there before it."""
+    """The number of the row that begins each step: the last one at its time before the next step's, as a stage may stand there before it."""
     if times is None:
         steps = plan.times.diff() * (plan.times[-1] - plan.times[0])
         if not (steps > 0).all():
@@ -175,4 +210,8 @@ def calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
         raise ValueError(
             f"times[{int((~there.any(1)).nonzero()[0])}] is not among the times of the plan's calls: give the times it was built on"
         )
-    return (there * torch.arange(plan.rows, device="cpu")).amax(1)
+    begins, before = [], plan.rows
+    for at in there.flip(0):  # from the last step back, as a restart comes by an outer time again
+        before = int(at[:before].nonzero().max())
+        begins.append(before)
+    return torch.tensor(begins[::-1], device="cpu")
