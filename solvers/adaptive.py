@@ -171,7 +171,7 @@ def task_of(
         raise ValueError(
             f"rtol = {rtol}, atol = {atol}: expected one of them from {least:.2g} on{hint}, e.g. rtol=1e-3, atol=1e-3"
         )
-    warn_of_training(as_model(model), stacklevel=4)
+    warn_of_training(as_model(model))
     flag("coupled", coupled)
     ends = ends_of(schedule, start, stop)
     levels = Levels.at(schedule, torch.tensor(ends, dtype=torch.float64, device="cpu"), form.clock)

@@ -71,9 +71,11 @@ def guided(
         scale, *inner = numbers
         towards = None if _is(scale, 0) else _asked(model, x, label, inner[0], dtype)
         away = None if _is(scale, 1) else _asked(weaker, x, label, inner[1], dtype)
+        if towards and away and _shares_memory(towards[0], away[0], x):
+            raise ValueError("the network gives every output in the same memory: let it return a clone")
         return combined(scale, towards, away)
 
-    return replace(model, net=net, weights=weights)
+    return replace(model, net=net, at_levels=weights)
 
 
 def classifier_free(
@@ -106,7 +108,7 @@ def classifier_free(
         ValueError: a scale that is not finite; low above high; a condition for another number of samples than x has.
     """
     model = as_model(model)
-    if model.weights is not None:
+    if model.at_levels is not None:
         raise ValueError(
             "the model is guided already, and its net reads no condition: wrap the network's own Model first, or take guided(model, weaker, scale)"
         )
@@ -130,7 +132,7 @@ def classifier_free(
         halves = [(None, None) if v is None else v.chunk(2) for v in both]
         return combined(scale, *zip(*halves, strict=True))
 
-    return replace(model, net=net, weights=weights)
+    return replace(model, net=net, at_levels=weights)
 
 
 def cfg_pp(schedule: Schedule, times: Tensor, scale: float) -> Callable[[Tensor], Tensor]:
@@ -190,7 +192,7 @@ def classifier(model: AnyModel, log_p: Callable[[Tensor, Tensor], Tensor], scale
         m, second = _asked(model, x, label, inner, dtype)
         return _with_second(m + weight * _gradient(log_p, x, label), second)
 
-    return replace(model, net=net, weights=weights)
+    return replace(model, net=net, at_levels=weights)
 
 
 def as_data(model: AnyModel) -> Model:
@@ -271,7 +273,7 @@ def threshold(quantile: float, bound: float = 1.0, most: float = math.inf) -> Ca
         below, above = (size.kthvalue(1 + v, dim=1).values for v in (math.floor(place), math.ceil(place)))
         s = torch.lerp(below, above, place - math.floor(place)).clamp(bound, most)
         s = s.reshape(-1, *[1] * (x0.ndim - 1))
-        return torch.clamp(x0, -s, s) * (bound / s)
+        return torch.where(x0.isfinite(), torch.clamp(x0, -s, s) * (bound / s), x0)
 
     return cut
 
@@ -292,7 +294,7 @@ def _data_model(model: AnyModel, on_x: Callable[..., Tensor], on_x0: Callable[..
         x0 = m if _is(from_x, 0) and _is(from_m, 1) else from_x * x + from_m * m
         return _with_second(_same_shape(on_x0(x0, x, t), x), second)
 
-    return replace(model, net=net, predicts="data", schedule=None, weights=weights)
+    return replace(model, net=net, predicts="data", schedule=None, at_levels=weights)
 
 
 def _same_shape(answer: Any, x: Tensor) -> Tensor:
@@ -304,12 +306,18 @@ def _same_shape(answer: Any, x: Tensor) -> Tensor:
 
 def _asked(model: Model, x: Tensor, label: Tensor, weights: tuple, dtype: torch.dtype) -> Outputs:
     """A model inside another: its outputs at x, in the dtype of x."""
-    m = model.net(x.to(dtype), label) if model.weights is None else model.net(x, label, weights, dtype)
+    m = model.net(x.to(dtype), label) if model.at_levels is None else model.net(x, label, weights, dtype)
     return checked_outputs(model, m, x, "a guided model")
 
 
 def _weights(model: Model, *at: Tensor) -> tuple:
-    return () if model.weights is None else model.weights(*at)
+    return () if model.at_levels is None else model.at_levels(*at)
+
+
+def _shares_memory(one: Tensor, other: Tensor, x: Tensor) -> bool:
+    """Whether one output overwrote the other; a network may well give back its input twice."""
+    places = {v.untyped_storage().data_ptr() for v in (one, other)}
+    return len(places) == 1 and x.untyped_storage().data_ptr() not in places
 
 
 def _is(weight: float | Tensor, value: float) -> bool:

@@ -11,7 +11,7 @@ from solvers.noise import Brownian, Noise, as_source, drawn
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
-from solvers.run import State, execute, started
+from solvers.run import State, execute, started, warn_of_training
 
 NORMS = ("sample", "batch")
 
@@ -70,6 +70,7 @@ def predictor_corrector(
             "noise is a Brownian path, which has no draws for corrections: expected an int seed, per_sample or a torch.Generator"
         )
     model, state, source, per_row = as_model(model), started(x), as_source(noise, len(x)), 1 + corrections
+    warn_of_training(model)
     if len(state.x) == 0:
         return state.x
     if denoise:

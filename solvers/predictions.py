@@ -48,12 +48,12 @@ class Model:
             [-1, 1] between the logarithms of a row's least and most variance (Improved DDPM); "square" E[eps^2 | x], or
             "residual" E[(eps - prediction)^2 | x], element by element (SN-DPM, NPR-DPM). Plans whose noise does not depend on
             it leave it aside.
-        weights: what `solvers.guidance` makes of a model has it: (t, alpha, sigma), each [N] float64 -> tensors [N] in tuples, numbers
+        at_levels: what `solvers.guidance` makes of a model has it: (t, alpha, sigma), each [N] float64 -> tensors [N] in tuples, numbers
             of each call that are known before it. The net is then called as net(x, label, weights, dtype), with the numbers of its
             call, x in the state's dtype and the dtype in which networks are to be called.
 
     Raises:
-        TypeError: net, label or weights is not callable.
+        TypeError: net, label or at_levels is not callable.
         ValueError: predicts or variance is not one of those.
     """
 
@@ -63,7 +63,7 @@ class Model:
     schedule: Schedule | None = None
     sigma_data: float = 0.5
     variance: str | None = None
-    weights: Callable[[Tensor, Tensor, Tensor], tuple] | None = None
+    at_levels: Callable[[Tensor, Tensor, Tensor], tuple] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.net, Model):
@@ -74,8 +74,10 @@ class Model:
             raise TypeError(
                 f"label = {self.label!r} is not callable: expected a function of t, e.g. label=schedule.label"
             )
-        if self.weights is not None and not callable(self.weights):
-            raise TypeError(f"weights = {self.weights!r:.100} is not callable: leave it to solvers.guidance")
+        if self.at_levels is not None and not callable(self.at_levels):
+            raise TypeError(
+                f"at_levels = {self.at_levels!r:.100} is not callable: leave it to solvers.guidance"
+            )
         choice("predicts", self.predicts, PREDICTIONS, ALIASES)
         if self.variance is not None:
             choice("variance", self.variance, VARIANCES, {"learned_range": "range"})
@@ -115,7 +117,7 @@ class Model:
 
 
 def picked(weights: tuple, pick: Callable[[Any], Any]) -> tuple:
-    """The same tuples, with something made of each of a model's weights."""
+    """The same tuples, with something made of each of the numbers of `Model.at_levels`."""
     return tuple(picked(w, pick) if isinstance(w, tuple) else pick(w) for w in weights)
 
 
@@ -310,7 +312,7 @@ def outputs_at(
     labels = torch.tensor(read, dtype=label_dtype, device=x.device).expand(len(x))
     given = scale.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x
     level: tuple = ()
-    if model.weights is None:
+    if model.at_levels is None:
         given = given.to(dtype or x.dtype)
     else:
         weights = in_lanes(partial(_weights_at, model, schedule), times)
@@ -320,17 +322,20 @@ def outputs_at(
             dtype or x.dtype,
         )
     where = f"t = {times[0]:g}"
+    version = 0 if given.is_inference() else given._version
     try:
         m = model.net(given, labels, *level)
     except Exception as error:
         error.add_note(f"raised by the model at {where}; it was called with x in {given.dtype}")
         raise
+    if level and version != (0 if given.is_inference() else given._version):  # what is guided reads it again
+        raise ValueError(f"the model changed its input x in place at {where}: let it work on a clone")
     return checked_outputs(model, m, x, where)
 
 
 def _weights_at(model: Model, schedule: Schedule, times: Tensor) -> tuple:
-    assert model.weights is not None
-    return model.weights(times, schedule.alpha(times), schedule.sigma(times))
+    assert model.at_levels is not None
+    return model.at_levels(times, schedule.alpha(times), schedule.sigma(times))
 
 
 def checked_outputs(model: Model, m: Any, x: Tensor, where: str) -> tuple[Tensor, Tensor | None]:

@@ -49,7 +49,7 @@ class Row(NamedTuple):
     as_formula: bool = False  # weights per element, or a shift: no scaled additions
     is_called: bool = True
     variance: "Variance | None" = None
-    weights: tuple | None = None  # of a guided model, numbers; see `Model.weights`
+    at_level: tuple | None = None  # of a guided model; see `Model.at_levels`
 
 
 def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
@@ -85,7 +85,7 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
     swap = weights(torch.stack([b0 + a / from_x, -a * from_m / from_x], 1))
     shift = weights(plan.shift) if plan.shift.numel() else [0.0] * plan.rows
     variances = _variances(plan, model, (p, q))
-    level_weights = _level_weights(plan, model, called)
+    at_levels = _at_levels(plan, model, called)
     return [
         Row(
             label=labels[i],
@@ -101,7 +101,7 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
             as_formula=formula,
             is_called=called[i],
             variance=variances[i],
-            weights=level_weights[i],
+            at_level=at_levels[i],
         )
         for i in range(plan.rows)
     ]
@@ -113,12 +113,12 @@ def _labels(plan: Plan, model: Model, called: list[bool]) -> list[float] | list[
     return [next(labels) if is_called else 0 for is_called in called]
 
 
-def _level_weights(plan: Plan, model: Model, called: list[bool]) -> list[tuple | None]:
+def _at_levels(plan: Plan, model: Model, called: list[bool]) -> list[tuple | None]:
     """What a guided model's net is given in each row that calls it."""
-    if model.weights is None:
+    if model.at_levels is None:
         return [None] * plan.rows
     here = torch.tensor(called, device="cpu")
-    weights = model.weights(plan.times[:-1][here], plan.alpha[:-1][here], plan.sigma[:-1][here])
+    weights = model.at_levels(plan.times[:-1][here], plan.alpha[:-1][here], plan.sigma[:-1][here])
     columns, count = picked(weights, lambda w: w.tolist()), itertools.count()
     numbered = [next(count) if is_called else None for is_called in called]
     return [None if n is None else picked(columns, itemgetter(n)) for n in numbered]
@@ -180,13 +180,13 @@ def combined(
     """The row as a formula that gradients flow through; None if `check` finds m not finite."""
     if check and not is_finite(m.detach()):
         return None
-    new = row.x_weight * x + row.output_weight * m
+    new = x * row.x_weight + m * row.output_weight  # x first: it is its layout that is kept
     if row.as_formula:
         new = new + row.shift
     for past, weight in row.past:
-        new = new + weight * outputs[past]
+        new = new + outputs[past] * weight
     if row.keep:
-        outputs[call] = row.keep[0] * x + row.keep[1] * m
+        outputs[call] = x * row.keep[0] + m * row.keep[1]
     for past in row.done:
         outputs.pop(past, None)
     return new
@@ -197,9 +197,9 @@ def uncalled(row: Row, x: Tensor, outputs: dict[int, Tensor], reuse: bool) -> Te
     if reuse and not row.as_formula:
         new = x if row.x_weight == 1 else x.mul_(row.x_weight)
     else:
-        new = row.x_weight * x + row.shift
+        new = x * row.x_weight + row.shift
     for past, weight in row.past:
-        new = new + weight * outputs[past]
+        new = new + outputs[past] * weight
     for past in row.done:
         outputs.pop(past, None)
     return new

@@ -1,9 +1,13 @@
 """The executor: run, trajectory, sample; the resumable state."""
 
 import math
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,8 @@ from solvers.rows import (
     uncalled,
 )
 from solvers.schedules import Schedule
+
+PACKAGE = str(Path(__file__).parent)
 
 
 class NonFiniteError(ArithmeticError):
@@ -136,7 +142,8 @@ def run(
             f"plan is {type(plan).__name__}: expected a Plan, e.g. dpm_solver_pp(schedule, times)"
         )
     model = as_model(model)
-    state = _resumed(plan, x) if isinstance(x, State) else started(x, grad)
+    with torch.inference_mode(False):
+        state = _resumed(plan, x) if isinstance(x, State) else started(x, grad)
     source = _source(plan, noise, len(state.x))
     if grad and (plan.a.requires_grad or plan.b.requires_grad or plan.c.requires_grad):
         raise ValueError(
@@ -147,7 +154,10 @@ def run(
         return state.x
     if not grad:
         warn_of_training(model)
-    with torch.set_grad_enabled(grad):
+    if torch.is_inference_mode_enabled():
+        model = replace(model, net=partial(_in_inference_mode, model.net))
+    # the state is no inference tensor, which would know no version, by which an edit of x is seen
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
         return execute(plan, model, state, source, rows, plan.rows, callback, progress, grad)
 
 
@@ -270,6 +280,11 @@ def execute(
     return x
 
 
+def _in_inference_mode(net: Callable[..., Any], *given: Any) -> Any:
+    with torch.inference_mode():
+        return net(*given)
+
+
 def _unit(plan: Plan) -> str:
     """What its rows are called: calls, unless some make none."""
     return "call" if plan.nfe == plan.rows else "row"
@@ -305,7 +320,7 @@ def called(
 ) -> tuple[Tensor, Tensor | None]:
     """One network call, its contract checked: the prediction, and the second output if the model has one."""
     given = x if row.input_scale == 1 else x * row.input_scale
-    guided = () if row.weights is None else (row.weights, dtype)
+    guided = () if row.at_level is None else (row.at_level, dtype)
     given = given if guided or given.dtype == dtype else given.to(dtype)
     label_dtype = torch.long if isinstance(row.label, int) else x.dtype
     label = torch.full((len(x),), row.label, dtype=label_dtype, device=x.device)
@@ -421,10 +436,27 @@ def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
     return source
 
 
-def warn_of_training(model: Model, stacklevel: int = 3) -> None:
-    """Dropout and batch statistics have no place in sampling; the warning points at the caller's caller, or further."""
-    if isinstance(model.net, nn.Module) and model.net.training:
+def warn_of_training(model: Model) -> None:
+    """Dropout and batch statistics have no place in sampling; the warning points at the line that called the library."""
+    if any(module.training for module in _modules(model)):
+        frame, level = sys._getframe(), 1
+        while frame.f_back and frame.f_code.co_filename.startswith(PACKAGE):
+            frame, level = frame.f_back, level + 1
         warnings.warn(
-            "the network is in training mode (dropout, batch statistics): call net.eval()",
-            stacklevel=stacklevel,
+            "the network is in training mode (dropout, batch statistics): call net.eval()", stacklevel=level
         )
+
+
+def _modules(net: Any) -> Iterator[nn.Module]:
+    """The modules that a model calls: its network, or what a function of this library around it holds."""
+    if isinstance(net, Model):
+        yield from _modules(net.net)
+    elif isinstance(net, nn.Module):
+        yield net
+    elif isinstance(net, partial):
+        for inner in net.args:
+            yield from _modules(inner)
+    elif getattr(net, "__module__", "").startswith("solvers."):
+        for cell in getattr(net, "__closure__", None) or ():
+            if isinstance(cell.cell_contents, Model | nn.Module | partial):
+                yield from _modules(cell.cell_contents)

@@ -10,7 +10,6 @@ from solvers.arguments import choice, number, numbers, positive, whole
 from solvers.discrete import Discrete
 from solvers.guidance import clipped, thresholded
 from solvers.predictions import Model
-from solvers.run import warn_of_training
 from solvers.schedules import Flow
 
 PREDICTS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "data", "flow_prediction": "flow"}
@@ -57,7 +56,6 @@ def from_diffusers(
     schedule = schedule_of(scheduler_config, mu)
     config, given = getattr(network, "config", {}), dict(inputs or {})
     dtype = _dtype_of(network)
-    warn_of_training(Model(network))
 
     def net(x: Tensor, label: Tensor, condition: Mapping[str, Any] | None = None) -> Any:
         x = x if dtype is None else x.to(dtype)
