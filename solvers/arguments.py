@@ -1,5 +1,6 @@
 """Arguments: numbers, counts and choices, refused at once by name and value."""
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -83,6 +84,8 @@ def choice(name: str, value: str, allowed: tuple[str, ...], aliases: Mapping[str
     """One of the allowed words; aliases are not accepted, but answered with the word to write."""
     if value not in allowed:
         meant = (aliases or {}).get(value) if isinstance(value, str) else None
+        if meant is None and isinstance(value, str):
+            meant = next(iter(difflib.get_close_matches(value, allowed, 1)), None)
         hint = "" if meant is None else f"; did you mean {meant!r}?"
         raise ValueError(f"{name} = {value!r:.100}: expected one of {', '.join(map(repr, allowed))}{hint}")
     return value

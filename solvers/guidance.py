@@ -184,7 +184,12 @@ def classifier(model: AnyModel, log_p: Callable[[Tensor, Tensor], Tensor], scale
     def weights(t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple:
         p, q = model.mixture(t, alpha, sigma)
         per_score = torch.where(p == 0, 0.0, p * sigma**2 / alpha) - q * sigma
-        _refuse_infinite(per_score, t, "a score does not determine the guidance of what the model predicts")
+        _refuse_infinite(
+            per_score,
+            t,
+            "a score does not determine the guidance of what the model predicts",
+            "noise or score",
+        )
         return scale_at(t) * per_score, _weights(model, t, alpha, sigma)
 
     def net(x: Tensor, label: Tensor, numbers: tuple, dtype: torch.dtype) -> Any:
@@ -280,11 +285,21 @@ def threshold(quantile: float, bound: float = 1.0, most: float = math.inf) -> Ca
 
 def _data_model(model: AnyModel, on_x: Callable[..., Tensor], on_x0: Callable[..., Tensor]) -> Model:
     model = as_model(model)
+    for hook in (on_x, on_x0):
+        if not callable(hook):
+            raise TypeError(
+                f"hook = {hook!r:.100} is not callable: expected a function of (x_0, x, t), or of (x, t)"
+            )
 
     def weights(t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple:
         have, want = model.mixture(t, alpha, sigma), mixture("data", alpha, sigma)
         from_x, from_m = conversion(have, want, alpha, sigma)
-        _refuse_infinite(from_x + from_m, t, f"a {model.predicts} prediction does not determine data")
+        _refuse_infinite(
+            from_x + from_m,
+            t,
+            f"a {model.predicts} prediction does not determine data",
+            "data, velocity or flow",
+        )
         return t, model.input_scale(alpha, sigma), from_x, from_m, _weights(model, t, alpha, sigma)
 
     def net(x: Tensor, label: Tensor, numbers: tuple, dtype: torch.dtype) -> Any:
@@ -316,8 +331,7 @@ def _weights(model: Model, *at: Tensor) -> tuple:
 
 def _shares_memory(one: Tensor, other: Tensor, x: Tensor) -> bool:
     """Whether one output overwrote the other; a network may well give back its input twice."""
-    places = {v.untyped_storage().data_ptr() for v in (one, other)}
-    return len(places) == 1 and x.untyped_storage().data_ptr() not in places
+    return one.data_ptr() == other.data_ptr() and one.numel() > 0 and one.data_ptr() != x.data_ptr()
 
 
 def _is(weight: float | Tensor, value: float) -> bool:
@@ -347,7 +361,8 @@ def _guidance(
             return _with_second(*(towards or away))  # type: ignore[misc]
         m = torch.lerp(away[0], towards[0], scale)
         if rescale:
-            ratio = _deviation(towards[0]) / _deviation(m)
+            now = _deviation(m)
+            ratio = torch.where(now > 0, _deviation(towards[0]) / now, 1.0)
             m = m * (rescale * ratio + (1 - rescale))
         return _with_second(m, towards[1])
 
@@ -356,7 +371,7 @@ def _guidance(
 
 def _deviation(m: Tensor) -> Tensor:
     """The standard deviation over each sample, [B, 1, ...]."""
-    return m.reshape(len(m), -1).std(dim=1).reshape(-1, *[1] * (m.ndim - 1))
+    return m.reshape(len(m), -1).std(dim=1, correction=0).reshape(-1, *[1] * (m.ndim - 1))
 
 
 def _scale(scale: Scale) -> Callable[[Tensor], Tensor]:
@@ -375,11 +390,11 @@ def _scale(scale: Scale) -> Callable[[Tensor], Tensor]:
     return at
 
 
-def _refuse_infinite(weights: Tensor, t: Tensor, why: str) -> None:
+def _refuse_infinite(weights: Tensor, t: Tensor, why: str, instead: str) -> None:
     bad = ~weights.isfinite()
     if bad.any():
         raise ValueError(
-            f"{why} at t = {t[bad][0]:g}, where alpha = 0: start later, or use a network that predicts data, velocity or flow"
+            f"{why} at t = {t[bad][0]:g}, where alpha = 0: start later, or use a network that predicts {instead}"
         )
 
 
@@ -388,7 +403,7 @@ def _gradient(log_p: Callable[[Tensor, Tensor], Tensor], x: Tensor, label: Tenso
     keep = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         here = x if keep and x.requires_grad else x.detach().clone().requires_grad_()
-        value = log_p(here, label)
+        value = log_p(here, label.clone() if label.is_inference() else label)
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
             came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"log_p gave {came}: expected log p(y | x) of each sample, [{len(x)}]")

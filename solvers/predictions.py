@@ -48,6 +48,7 @@ class Model:
             [-1, 1] between the logarithms of a row's least and most variance (Improved DDPM); "square" E[eps^2 | x], or
             "residual" E[(eps - prediction)^2 | x], element by element (SN-DPM, NPR-DPM). Plans whose noise does not depend on
             it leave it aside.
+        native: what the network inside was trained to predict, where what is around it predicts something else; the defaults of `sample` go by it. None: as `predicts`.
         at_levels: what `solvers.guidance` makes of a model has it: (t, alpha, sigma), each [N] float64 -> tensors [N] in tuples, numbers
             of each call that are known before it. The net is then called as net(x, label, weights, dtype), with the numbers of its
             call, x in the state's dtype and the dtype in which networks are to be called.
@@ -63,6 +64,7 @@ class Model:
     schedule: Schedule | None = None
     sigma_data: float = 0.5
     variance: str | None = None
+    native: str | None = None
     at_levels: Callable[[Tensor, Tensor, Tensor], tuple] | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +81,9 @@ class Model:
                 f"at_levels = {self.at_levels!r:.100} is not callable: leave it to solvers.guidance"
             )
         choice("predicts", self.predicts, PREDICTIONS, ALIASES)
+        object.__setattr__(
+            self, "native", choice("native", self.native or self.predicts, PREDICTIONS, ALIASES)
+        )
         if self.variance is not None:
             choice("variance", self.variance, VARIANCES, {"learned_range": "range"})
         if not 0 < number("sigma_data", self.sigma_data) < math.inf:
@@ -236,6 +241,10 @@ def centred(model: AnyModel, mean: Tensor) -> Model:
     if model.predicts not in ("noise", "score", "data"):
         raise ValueError(
             f"predicts = {model.predicts!r}: expected noise, score or data; turn the others into one of these first, see `convert`"
+        )
+    if model.predicts == "data" != model.native:
+        raise ValueError(
+            "the data prediction was made on the path of x, which `centred` moves: centre the network first, and put guidance and hooks around that"
         )
     moved = 1.0 if model.predicts == "data" else 0.0
 

@@ -190,8 +190,8 @@ def sample(
         schedule: noise schedule.
         steps: grid steps; with the default method as many calls, six more from 40 steps on; a method of two stages makes two in each.
         method: (schedule, times) -> Plan; options are bound by functools.partial(sv.ddim, eta=1.0). By default `recommended`, with variable = "asinh" if
-            the model predicts noise or score.
-        grid: (schedule, steps) -> times; by default `angle`, or `logalpha` if the model predicts noise or score and no method is given; their levels for a
+            the network predicts noise or score.
+        grid: (schedule, steps) -> times; by default `angle`, or `logalpha` if the network predicts noise or score and no method is given; their levels for a
             Discrete schedule (upwards for its `Inversion`).
         noise: as for `run`.
         progress: show a progress bar.
@@ -212,9 +212,9 @@ def sample(
             "a Discrete schedule needs to know what the network reads: Model(net, label=schedule.step) for whole step numbers, "
             "schedule.label if it takes fractions, or lambda t: t"
         )
-    predicts = as_model(model).predicts
-    times = (grid or usual(schedule, predicts if method is None else None))(schedule, steps)
-    return run((method or recommended_for(predicts))(schedule, times), model, x, noise, progress=progress)
+    native = as_model(model).native
+    times = (grid or usual(schedule, native if method is None else None))(schedule, steps)
+    return run((method or recommended_for(native))(schedule, times), model, x, noise, progress=progress)
 
 
 def execute(
@@ -412,7 +412,9 @@ def _check_state(x: Tensor, grad: bool) -> None:
     if x.ndim == 0:
         raise ValueError("x has no batch dimension: expected [B, ...], e.g. x[None]")
     if x.requires_grad and not grad:
-        raise ValueError("x requires a gradient, but the run keeps no graph: pass grad=True, or x.detach()")
+        raise ValueError(
+            "x requires a gradient, but the run keeps no graph: sv.run(plan, model, x, grad=True) does, or pass x.detach()"
+        )
     if x.device.type == "cpu" and not is_finite(x):
         where = [int(i) for i in (~x.isfinite()).nonzero()[0]]
         raise ValueError(f"x{where} = {x[tuple(where)]:g}: every entry of the starting state must be finite")
@@ -438,13 +440,21 @@ def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
 
 def warn_of_training(model: Model) -> None:
     """Dropout and batch statistics have no place in sampling; the warning points at the line that called the library."""
-    if any(module.training for module in _modules(model)):
+    if any(_is_training(module) for module in _modules(model)):
         frame, level = sys._getframe(), 1
         while frame.f_back and frame.f_code.co_filename.startswith(PACKAGE):
             frame, level = frame.f_back, level + 1
         warnings.warn(
             "the network is in training mode (dropout, batch statistics): call net.eval()", stacklevel=level
         )
+
+
+def _is_training(net: nn.Module) -> bool:
+    """Not so a wrapper that nobody switched around a network that is not, or around a function."""
+    children = list(net.children())
+    if not children:
+        return net.training and any(True for _ in net.parameters())
+    return net.training and any(map(_is_training, children))
 
 
 def _modules(net: Any) -> Iterator[nn.Module]:

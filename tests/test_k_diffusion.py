@@ -556,12 +556,16 @@ def test_on_a_flow_the_sampler_is_that_of_the_flow_schedule(peer, name, sigmas):
     ("sigmas", "error", "says"),
     [
         ([0.0, 1.0, 2.0], ValueError, "must decrease.*flip"),
-        ([2.0, 1.0, float("nan")], ValueError, r"times\[2\] = nan.*finite"),
-        ([float("inf"), 1.0, 0.0], ValueError, r"times\[0\] = inf.*finite"),
+        ([2.0, 1.0, float("nan")], ValueError, r"sigmas\[2\] = nan.*finite"),
+        ([float("inf"), 1.0, 0.0], ValueError, r"sigmas\[0\] = inf.*finite"),
         ([2.0], ValueError, "at least one step"),
         ([], ValueError, "at least one step"),
         ([[2.0, 1.0]], ValueError, "at least one step"),
-        ([2.0, 1.0, 1.0, 0.0], ValueError, r"strictly decrease: times\[1\] = 1 is followed by 1"),
+        (
+            [2.0, 1.0, 1.0, 0.0],
+            ValueError,
+            r"sigmas must strictly decrease: sigmas\[1\] = 1 is followed by 1",
+        ),
         ([2.0, 1.0, -0.1], ValueError, "outside the schedule"),
         ([2, 1, 0], None, ""),
     ],
@@ -580,7 +584,7 @@ def test_sigmas_that_cannot_be_are_refused_before_the_model_is_called(sigmas, er
         return
     with pytest.raises(error, match=says) as raised:
         run()
-    assert any("sigmas" in note for note in raised.value.__notes__)
+    assert "times" not in str(raised.value)
     assert not calls
 
 

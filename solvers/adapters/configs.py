@@ -49,10 +49,22 @@ def from_diffusers(
     Raises:
         ValueError: the config is of a scheduler that this library has no schedule for, or contradicts itself.
     """
-    if not callable(network):
+    if not callable(network) or hasattr(network, "components"):  # as a pipeline has
         raise TypeError(
-            f"network = {network!r:.100} is not callable: expected a UNet or transformer of diffusers"
+            f"network is {type(network).__name__}: expected a UNet or transformer of diffusers, e.g. pipe.unet or pipe.transformer, and then the config"
         )
+    if not isinstance(scheduler_config, Mapping):
+        raise TypeError(
+            f"scheduler_config is {type(scheduler_config).__name__}: expected the config of a scheduler, e.g. pipe.scheduler.config"
+        )
+    for name, value in (("inputs", inputs), ("guide", guide)):
+        if value is not None and not (isinstance(value, Mapping) if name == "inputs" else callable(value)):
+            expected = (
+                "a mapping of the network's keywords, e.g. {'class_labels': labels}"
+                if name == "inputs"
+                else "a function from model to model"
+            )
+            raise TypeError(f"{name} is {type(value).__name__}: expected {expected}")
     schedule = schedule_of(scheduler_config, mu)
     config, given = getattr(network, "config", {}), dict(inputs or {})
     dtype = _dtype_of(network)
@@ -153,8 +165,8 @@ def _shift(config: Mapping[str, Any], mu: float | None) -> float:
     if mu is not None:
         raise ValueError(f"mu = {mu}: the config has use_dynamic_shifting = False, and a shift of its own")
     # a config keeps entries of the schedulers it has been through: the one that its own class reads counts
-    named = "shift" if _is_flow_matching(config) or "flow_shift" not in config else "flow_shift"
-    return float(entry(config, named, 1.0))
+    shift, flow_shift = entry(config, "shift", 1.0), entry(config, "flow_shift", None)
+    return float(shift if _is_flow_matching(config) or flow_shift is None else flow_shift)
 
 
 def _discrete(config: Mapping[str, Any]) -> Discrete:
@@ -191,8 +203,8 @@ def _of_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], levels: int) -> Discret
 
 
 def _laplace(t: Tensor) -> Tensor:
-    """alpha^2 of the Laplace schedule, whose log-SNR is -sign(1/2 - t) log(1 - 2 |1/2 - t| + 1e-6) / 2."""
-    return torch.sigmoid(-0.5 * torch.sign(0.5 - t) * torch.log(1 - 2 * (0.5 - t).abs() + 1e-6))
+    """What diffusers takes for alpha^2 of the Laplace schedule: the root of SNR / (1 + SNR), log SNR = -sign(1/2 - t) log(1 - 2 |1/2 - t| + 1e-6) / 2."""
+    return torch.sigmoid(-0.5 * torch.sign(0.5 - t) * torch.log(1 - 2 * (0.5 - t).abs() + 1e-6)).sqrt()
 
 
 def label_of(schedule: Discrete | Flow, network: Any, levels: int) -> Callable[[Tensor], Tensor]:
@@ -211,22 +223,18 @@ def label_of(schedule: Discrete | Flow, network: Any, levels: int) -> Callable[[
 
 
 def bounded(model: Model, config: Mapping[str, Any], channels: int | None = None) -> Model:
-    """The data prediction bounded as diffusers' config says."""
+    """The data prediction bounded as diffusers' config says, where thresholding goes before clip_sample."""
     clips, thresholds = bool(entry(config, "clip_sample", False)), bool(entry(config, "thresholding", False))
-    if clips and thresholds:
-        raise ValueError(
-            "clip_sample and thresholding both bound the data prediction: leave one of them False"
-        )
     if thresholds and channels in LATENT_CHANNELS:
         raise ValueError(
             f"thresholding is for pixels, and a network of {channels} channels is of latents, which have no such bounds: dict(config, thresholding=False)"
         )
-    if clips:
-        most = float(entry(config, "clip_sample_range", 1.0))
-        return clipped(model, -most, most)
     if thresholds:
         quantile = entry(config, "dynamic_thresholding_ratio", 0.995)
         return thresholded(model, quantile, most=entry(config, "sample_max_value", 1.0))
+    if clips:
+        most = float(entry(config, "clip_sample_range", 1.0))
+        return clipped(model, -most, most)
     return model
 
 

@@ -1,5 +1,6 @@
 """Our methods as a scheduler of diffusers."""
 
+import difflib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +96,7 @@ class _Run:
 
     def found(self, timestep: float | Tensor) -> int:
         """Which of the timesteps has this value. It is asked of a copy on a device at the first step alone, if nobody said where to begin."""
-        here = (self.timesteps == float(timestep)).nonzero().flatten().tolist()
+        here = (self.timesteps == _value(timestep)).nonzero().flatten().tolist()
         if len(here) != 1:
             raise ValueError(
                 f"timestep = {timestep} is {'more than once in' if here else 'not among'} the timesteps of this run: pass an element of "
@@ -112,7 +113,7 @@ class _Run:
             )
         place = self.place(timestep)
         if place is None and not (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
-            place = self.index if float(timestep) == float(self.timesteps[self.index]) else -1
+            place = self.index if _value(timestep) == self.timesteps[self.index].item() else -1
         if place not in (None, self.index):
             raise ValueError(
                 f"timestep = {timestep} is out of turn: expected {self.timesteps[self.index]}, the one of call {self.index}"
@@ -180,7 +181,9 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         ValueError: an unknown name, or settings that contradict each other.
     """
 
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012
+    _compatibles = [  # noqa: RUF012
+        scheduler.name for scheduler in KarrasDiffusionSchedulers if "EDM" not in scheduler.name
+    ]
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -210,6 +213,9 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         grid: str | None = None,
         seed: int | None = None,
     ):
+        # what is a default here is not one elsewhere, and must not get lost on the way through other schedulers
+        if "_use_default_values" in self.config:
+            self.register_to_config(_use_default_values=[])
         self._threads = threading.local()
         self._build = _method(method, options, predicts_of(self.config))
         flow = is_flow(self.config)
@@ -236,7 +242,20 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
             ValueError: the config is of a scheduler that this library has no schedule for.
         """
         config = {} if config is None else config
+        if isinstance(config, SchedulerMixin):
+            raise TypeError(f"config is a {type(config).__name__}: pass its config, scheduler.config")
+        known = inspect.signature(cls.__init__).parameters
+        unknown = [name for name in kwargs if name not in known and name != "flow_shift"]
+        if unknown and not return_unused_kwargs:
+            close = difflib.get_close_matches(unknown[0], known, 1)
+            raise TypeError(
+                f"{unknown[0]} = {kwargs[unknown[0]]!r:.100} is no argument of SolversScheduler"
+                + (f"; did you mean {close[0]}?" if close else "")
+                + "; options of the method go into options={...}, the spacing of the steps is grid=..."
+            )
         if isinstance(config, Mapping) and config:
+            # what a scheduler has by default it would not pass on, although the network was trained with it
+            config = {name: value for name, value in config.items() if name != "_use_default_values"}
             whole_config = {**config, **kwargs}
             schedule = schedule_of({**whole_config, "use_dynamic_shifting": False})
             # by the entries that the config's own class reads; it may hold others, of classes it has been through
@@ -370,7 +389,12 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
                 f"method = {self.config['method']!r} makes more calls in some steps than in others, so that a pipeline cannot know where they begin: take one "
                 "of as many in each, e.g. method='recommended'"
             )
-        run.begin = whole("begin_index", begin_index, 0, len(run.timesteps) - 1)
+        calls = len(run.timesteps)
+        if begin_index == calls:
+            raise ValueError(
+                f"begin_index = {begin_index}: nothing is left of {calls} calls; in image-to-image raise strength or num_inference_steps"
+            )
+        run.begin = whole("begin_index", begin_index, 0, calls - 1)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as it is: what the network reads is x = alpha x_0 + sigma eps."""
@@ -405,6 +429,12 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"eta = {eta}: the noise belongs to the method, e.g. SolversScheduler(method='ddim', options={{'eta': {eta}}})"
             )
+        for name, value in (("model_output", model_output), ("sample", sample)):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                came = f"of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(
+                    f"{name} is {came}: expected a floating-point tensor [B, ...], e.g. unet(x, t).sample"
+                )
         run = self._running()
         if run.index is None:
             self._start(run, timestep)
@@ -431,7 +461,7 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         """alpha x_0 + sigma noise at the levels that the network calls `timesteps`, [B] or [1], in the dtype of x_0."""
         run = self._of_thread()
         schedule = self._schedule() if run is None else run.schedule
-        labels = timesteps.reshape(-1).double().cpu()
+        labels = torch.as_tensor(timesteps).reshape(-1).double().cpu()
         if isinstance(schedule, Discrete):
             t = (labels + 1) / schedule.levels
         else:
@@ -448,11 +478,12 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         return self.config["num_train_timesteps"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_threads"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_threads", "_build")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._threads = threading.local()
+        self._build = _method(self.config["method"], self.config["options"], predicts_of(self.config))
 
     def _of_thread(self) -> _Run | None:
         return getattr(self._threads, "run", None)
@@ -551,6 +582,10 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         return per_sample(self.config["seed"], range(batch))
 
 
+def _value(timestep: float | Tensor) -> float:
+    return number("timestep", timestep)  # type: ignore[arg-type]
+
+
 def _no_network(x: Tensor, label: Tensor) -> Tensor:
     raise NotImplementedError  # a scheduler's steps bring their outputs with them
 
@@ -559,11 +594,20 @@ def _method(name: str, options: Mapping[str, Any] | None, predicts: str) -> Call
     """A method of the table by name, with options bound."""
     choice("method", name, tuple(BUILDS))
     build = partial(recommended_for(predicts), start="ramp") if name == "recommended" else BUILDS[name]
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(
+            f"options = {options!r:.200} of method = {name!r}: expected a dict, e.g. {{'order': 2}}"
+        )
+    function = build
+    while isinstance(function, partial):
+        function = function.func
+    takes = [name for name in inspect.signature(function).parameters if name not in ("schedule", "times")]
+    for option in options or {}:
+        if option not in takes:
+            raise TypeError(
+                f"options = {options!r:.200} of method = {name!r}: {option!r} is none of its options {', '.join(takes)}"
+            )
     build = partial(build, **(options or {}))
-    try:
-        inspect.signature(build).bind(None, None)
-    except TypeError as error:
-        raise TypeError(f"options = {options!r:.200} of method = {name!r}: {error}") from error
     return build
 
 

@@ -60,8 +60,7 @@ def sampler(method: Callable[..., Plan], schedule: Schedule = VARIANCE_EXPLODING
         try:
             times = given(schedule, numbers("sigmas", sigmas))
         except ValueError as error:
-            error.add_note("times are the sigmas here")
-            raise
+            raise ValueError(str(error).replace("times", "sigmas")) from None
         plan = method(schedule, times, **options)
         if noise is not None and noise_sampler is not None:
             raise ValueError("noise and noise_sampler are both given: expected one of them")
