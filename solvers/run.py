@@ -413,7 +413,7 @@ def _check_state(x: Tensor, grad: bool) -> None:
         raise ValueError("x has no batch dimension: expected [B, ...], e.g. x[None]")
     if x.requires_grad and not grad:
         raise ValueError(
-            "x requires a gradient, but the run keeps no graph: sv.run(plan, model, x, grad=True) does, or pass x.detach()"
+            "x requires a gradient, but the run keeps no graph: pass grad=True, or x.detach()"
         )
     if x.device.type == "cpu" and not is_finite(x):
         where = [int(i) for i in (~x.isfinite()).nonzero()[0]]
@@ -466,7 +466,7 @@ def _modules(net: Any) -> Iterator[nn.Module]:
     elif isinstance(net, partial):
         for inner in net.args:
             yield from _modules(inner)
-    elif getattr(net, "__module__", "").startswith("solvers."):
+    elif (getattr(net, "__module__", None) or "").startswith("solvers."):
         for cell in getattr(net, "__closure__", None) or ():
             if isinstance(cell.cell_contents, Model | nn.Module | partial):
                 yield from _modules(cell.cell_contents)

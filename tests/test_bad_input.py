@@ -307,7 +307,7 @@ NOT_CALLED = [
     x_row(40, "numpy", X.numpy(), TypeError, "x is ndarray", "torch.from_numpy(x)"),
     x_row(40, "list", X.tolist(), TypeError, "x is list", "expected a torch.Tensor"),
     x_row(40, "None", None, TypeError, "x is NoneType", "expected a torch.Tensor"),
-    x_row(41, "requires grad", X.clone().requires_grad_(), ValueError, "x requires a gradient", "grad=True) does, or pass x.detach()"),
+    x_row(41, "requires grad", X.clone().requires_grad_(), ValueError, "x requires a gradient", "grad=True, or x.detach()"),
     row(41, "requires grad, trajectory", lambda net: sv.trajectory(PLAN, net, X.clone().requires_grad_()), ValueError, "x requires a gradient", "x.detach()"),
     row("33s", "State int", lambda net: sv.run(PLAN, net, sv.State(X.int())), TypeError, "torch.int32", "expected"),
     row("36s", "State nan", lambda net: sv.run(PLAN, net, sv.State(put(X, 0, nan))), ValueError, "nan", "finite"),

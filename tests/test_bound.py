@@ -826,6 +826,10 @@ def test_decoders_on_levels_have_a_gradient_too():
 @OF
 def test_a_network_in_training_is_warned_of_unless_gradients_are_kept(of):
     class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
         def forward(self, x, t):
             return network(of).net(x, t)
 

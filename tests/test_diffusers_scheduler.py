@@ -130,9 +130,12 @@ CONFIGS = {
 def test_saved_and_loaded_takes_the_same_steps(name, tmp_path):
     before = made(**CONFIGS[name])
     before.save_pretrained(tmp_path)
-    config = {k: v for k, v in before.config.items() if k != "_use_default_values"}
     after = SolversScheduler.from_pretrained(tmp_path)
-    assert dict(after.config) == config
+    for scheduler in (before, after):
+        assert not scheduler.config.get(
+            "_use_default_values"
+        )  # which other classes would replace by their own
+    assert settings(after) == settings(before)
     after.set_timesteps(6, mu=1.15 if "dynamic" in name else None)
     assert torch.equal(after.timesteps, before.timesteps)
     assert after.plan == before.plan
@@ -1594,3 +1597,30 @@ def test_a_method_that_adds_noise_first_is_refused_by_name():
     with pytest.raises(ValueError, match=r"method = 'churn_heun' adds noise before its first call.*sv.run"):
         scheduler.set_timesteps(timesteps=[500, 300, 100])
     scheduler.set_timesteps(10)  # from t = 1 it does not
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"methd": "unipc_2"}, "methd = 'unipc_2' .*did you mean method"),
+        ({"eta": 0.5}, "eta = 0.5 .*options="),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas = True .*grid="),
+    ],
+)
+def test_an_argument_that_from_config_does_not_know_is_refused(wrong, says):
+    with pytest.raises(TypeError, match=says):
+        SolversScheduler.from_config(diffusers.DDIMScheduler().config, **wrong)
+
+
+def test_what_is_passed_in_the_place_of_a_network_or_config_is_named():
+    scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(TypeError, match=r"scheduler_config is DDIMScheduler: .*pipe.scheduler.config"):
+        from_diffusers(Network(), scheduler)
+    with pytest.raises(TypeError, match=r"config is a DDIMScheduler: pass its config, scheduler.config"):
+        SolversScheduler.from_config(scheduler)
+    with pytest.raises(TypeError, match="inputs is Tensor: expected a mapping"):
+        from_diffusers(Network(), scheduler.config, inputs=torch.ones(2))
+    with pytest.raises(TypeError, match="guide is float: expected a function from model to model"):
+        from_diffusers(Network(), scheduler.config, guide=3.0)
+    with pytest.raises(ValueError, match=r"method = 'unipc2': expected .*did you mean 'unipc_2'\?"):
+        SolversScheduler(method="unipc2")

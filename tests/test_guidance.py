@@ -178,6 +178,12 @@ def test_rescaling_brings_each_sample_by_itself_to_the_deviation_of_its_conditio
         close(said(model, x[:1], f64(time)), got[:1])
 
 
+@pytest.mark.parametrize("answer", [torch.sin, torch.zeros_like])
+def test_rescaling_leaves_a_sample_without_deviation_as_it_is(answer):
+    nets, x = (lambda x, t: answer(x), lambda x, t: x[:1, :1].expand_as(x) / 3), X[:, :1]
+    close(sv.run(PLAN, guided(*nets, 3.0, rescale=0.7), x), sv.run(PLAN, guided(*nets, 3.0), x))
+
+
 Named = namedtuple("Named", ["half", "rest"])
 FORMS = {  # (condition, null, how a network reads its c if they have kept their form)
     "one each": (CONDITION, NULL.expand(4, 8), lambda v: v),
@@ -564,16 +570,20 @@ def test_guidance_of_a_centred_model_is_the_centred_guided_model(predicts):
     assert (outside - sv.run(PLAN, led(2.0), X)).abs().max() > 1e-2
 
 
-def test_a_centred_hook_sees_the_data_that_the_centred_model_predicts():
-    """x_0 is not (x - sigma eps) / alpha under `centred`, whose mean does not shrink: made right, or refused."""
-    seen, mean = [], normals(8, seed=7)
-    zero = Gaussian(torch.zeros(8), torch.eye(8).double())
-    model = on_data(lambda x, t: zero.model(PATH)(x - mean, t), lambda x0, x, t: seen.append(x0) or x0)
-    try:
-        got = sv.run(PLAN, sv.centred(model, mean), X)
-    except ValueError:
-        return
-    close(got, sv.run(PLAN, zero.model(PATH), X))
+def test_hooks_on_data_go_around_centred_and_not_into_it_where_the_path_of_x_is_another():
+    seen, mean, data = [], normals(8, seed=7), Gaussian(torch.zeros(8), torch.eye(8).double())
+
+    def hooked(model):
+        return on_data(model, lambda x0, x, t: seen.append((x0, x.clone(), t)) or x0)
+
+    def model(x, t):  # of data + mean
+        return data.model(PATH)(x - mean, t)
+
+    close(sv.run(PLAN, hooked(sv.centred(model, mean)), X), sv.run(PLAN, data.model(PATH), X))
+    for x0, x, t in seen:
+        close(x0, data.data(x, PATH.alpha(f64(t)), PATH.sigma(f64(t))))
+    with pytest.raises(ValueError, match="centre the network first, and put guidance and hooks around"):
+        sv.centred(hooked(model), mean)
 
 
 def test_sample_knows_the_label_of_a_guided_network_of_whole_steps():
@@ -681,3 +691,9 @@ def test_the_neighbours_of_what_is_refused_are_taken():
         guided(fine, fine, 2.0),
     ):
         assert sv.run(PLAN, model, X).isfinite().all()
+
+
+def test_rescaling_leaves_a_prediction_that_is_constant_over_a_sample_alone():
+    """Its standard deviation is 0, and there is nothing to scale."""
+    flat = (lambda x, t: torch.ones_like(x), lambda x, t: torch.zeros_like(x))
+    close(sv.run(PLAN, guided(*flat, 3.0, rescale=0.7), X), sv.run(PLAN, guided(*flat, 3.0), X))

@@ -40,6 +40,7 @@ class Preconditioned(nn.Module):
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
+        self.eval()
         self.mixing = nn.Parameter((normals(5, 5, seed=1) / 2).to(dtype), requires_grad=False)
         self.of_class = nn.Parameter(normals(self.classes, 5, seed=2).to(dtype), requires_grad=False)
         self.asked = []

@@ -256,3 +256,17 @@ def test_the_order_in_arsinh_is_that_in_the_angle():
     ]
     slopes = torch.tensor(errors).log2().diff().neg()
     assert ((slopes > 4.3) & (slopes < 5.7)).all(), slopes
+
+
+def test_what_stands_around_a_network_of_noise_does_not_hide_that_it_predicts_noise():
+    """Its data prediction has 1 / alpha times its error however it is called, so `sample` stands where it would without."""
+    data, x = PROBLEMS["eight"], states(PROBLEMS["eight"], VP)
+    off = sv.Model(lambda x, t: data.model(VP)(x, t) + 0.01 * torch.tanh(3 * x))
+    for around in (sv.guidance.as_data, partial(sv.guidance.clipped, low=-9.0, high=9.0)):
+        wrapped = around(off)
+        assert (wrapped.predicts, wrapped.native) == ("data", "noise")
+        assert_close(sv.sample(wrapped, x, VP, 10), sv.sample(off, x, VP, 10), rtol=1e-9, atol=1e-9)
+        exact = sv.sample(off, x, VP, 300)
+        angle = sv.sample(wrapped, x, VP, 10, sv.recommended, sv.angle)
+        assert median_error(sv.sample(wrapped, x, VP, 10), exact) < median_error(angle, exact) / 5
+    assert sv.guidance.as_data(sv.Model(lambda x, t: x, "velocity")).native == "velocity"
