@@ -15,7 +15,15 @@ from torch import Tensor
 
 from solvers.arguments import increasing, number, positive
 from solvers.grids import given
-from solvers.predictions import AnyModel, Model, as_model, checked_outputs, conversion, mixture
+from solvers.predictions import (
+    AnyModel,
+    Model,
+    as_model,
+    checked_outputs,
+    conversion,
+    mixture,
+    native_of,
+)
 from solvers.schedules import Schedule, float64
 
 # a number, or t [N] float64 -> one for each time
@@ -156,8 +164,12 @@ def cfg_pp(schedule: Schedule, times: Tensor, scale: float) -> Callable[[Tensor]
     half_logsnr = schedule.half_logsnr(times)
 
     def scale_at(t: Tensor) -> Tensor:
-        following = torch.searchsorted(-times, -t, right=True).clamp(max=len(times) - 1)
-        return scale / -torch.expm1(schedule.half_logsnr(t) - half_logsnr[following])
+        following = torch.searchsorted(-times, -t, right=True)
+        step = half_logsnr[following.clamp(max=len(times) - 1)] - schedule.half_logsnr(t)
+        # a stage at the very end is of the last step
+        return scale / -torch.expm1(
+            -torch.where(following < len(times), step, half_logsnr[-1] - half_logsnr[-2])
+        )
 
     return scale_at
 
@@ -309,7 +321,7 @@ def _data_model(model: AnyModel, on_x: Callable[..., Tensor], on_x0: Callable[..
         x0 = m if _is(from_x, 0) and _is(from_m, 1) else from_x * x + from_m * m
         return _with_second(_same_shape(on_x0(x0, x, t), x), second)
 
-    return replace(model, net=net, predicts="data", schedule=None, at_levels=weights)
+    return replace(model, net=net, predicts="data", native=native_of(model), schedule=None, at_levels=weights)
 
 
 def _same_shape(answer: Any, x: Tensor) -> Tensor:
@@ -354,7 +366,10 @@ def _guidance(
         raise ValueError(f"rescale = {rescale}: expected a number from 0 to 1, e.g. rescale=0.7")
 
     def within(t: Tensor) -> Tensor:
-        return torch.where((t >= low) & (t <= high), scale_at(t), 1.0)
+        inside = (t >= low) & (t <= high)
+        scales = torch.ones_like(t)
+        scales[inside] = scale_at(t[inside])
+        return scales
 
     def combined(scale: Any, towards: Outputs | None, away: Outputs | None) -> Any:
         if towards is None or away is None:

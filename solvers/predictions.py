@@ -81,9 +81,8 @@ class Model:
                 f"at_levels = {self.at_levels!r:.100} is not callable: leave it to solvers.guidance"
             )
         choice("predicts", self.predicts, PREDICTIONS, ALIASES)
-        object.__setattr__(
-            self, "native", choice("native", self.native or self.predicts, PREDICTIONS, ALIASES)
-        )
+        if self.native is not None:
+            choice("native", self.native, PREDICTIONS, ALIASES)
         if self.variance is not None:
             choice("variance", self.variance, VARIANCES, {"learned_range": "range"})
         if not 0 < number("sigma_data", self.sigma_data) < math.inf:
@@ -132,6 +131,11 @@ AnyModel = Model | Callable[[Tensor, Tensor], Tensor]
 def as_model(model: AnyModel) -> Model:
     """The model as it is, or a bare callable declared to be a noise prediction."""
     return model if isinstance(model, Model) else Model(model)
+
+
+def native_of(model: Model) -> str:
+    """What the network inside was trained to predict."""
+    return model.native or model.predicts
 
 
 def mixture(
@@ -242,7 +246,7 @@ def centred(model: AnyModel, mean: Tensor) -> Model:
         raise ValueError(
             f"predicts = {model.predicts!r}: expected noise, score or data; turn the others into one of these first, see `convert`"
         )
-    if model.predicts == "data" != model.native:
+    if model.predicts == "data" != native_of(model):
         raise ValueError(
             "the data prediction was made on the path of x, which `centred` moves: centre the network first, and put guidance and hooks around that"
         )
@@ -335,7 +339,7 @@ def outputs_at(
     try:
         m = model.net(given, labels, *level)
     except Exception as error:
-        error.add_note(f"raised by the model at {where}; it was called with x in {given.dtype}")
+        error.add_note(f"raised by the model at {where}; it was called with x in {dtype or x.dtype}")
         raise
     if level and version != (0 if given.is_inference() else given._version):  # what is guided reads it again
         raise ValueError(f"the model changed its input x in place at {where}: let it work on a clone")

@@ -17,7 +17,7 @@ from solvers.grids import has_levels, usual
 from solvers.methods.unipc import recommended_for
 from solvers.noise import Brownian, Noise, PerSample, Source, as_source, drawn, one_id_each
 from solvers.plan import Plan, last_use
-from solvers.predictions import AnyModel, Model, as_model, two_outputs
+from solvers.predictions import AnyModel, Model, as_model, native_of, two_outputs
 from solvers.rows import (
     Row,
     combined,
@@ -212,7 +212,7 @@ def sample(
             "a Discrete schedule needs to know what the network reads: Model(net, label=schedule.step) for whole step numbers, "
             "schedule.label if it takes fractions, or lambda t: t"
         )
-    native = as_model(model).native
+    native = native_of(as_model(model))
     times = (grid or usual(schedule, native if method is None else None))(schedule, steps)
     return run((method or recommended_for(native))(schedule, times), model, x, noise, progress=progress)
 
@@ -330,7 +330,7 @@ def called(
     except Exception as error:
         error.add_note(
             f"raised by the model in {_where(plan, call)}, half log-SNR = {plan.half_logsnr[call]:g}; it was called with x in "
-            f"{given.dtype}: run calls a network in the dtype of the x it is passed"
+            f"{dtype}: run calls a network in the dtype of the x it is passed"
         )
         raise
     second = None
@@ -412,9 +412,7 @@ def _check_state(x: Tensor, grad: bool) -> None:
     if x.ndim == 0:
         raise ValueError("x has no batch dimension: expected [B, ...], e.g. x[None]")
     if x.requires_grad and not grad:
-        raise ValueError(
-            "x requires a gradient, but the run keeps no graph: pass grad=True, or x.detach()"
-        )
+        raise ValueError("x requires a gradient, but the run keeps no graph: pass grad=True, or x.detach()")
     if x.device.type == "cpu" and not is_finite(x):
         where = [int(i) for i in (~x.isfinite()).nonzero()[0]]
         raise ValueError(f"x{where} = {x[tuple(where)]:g}: every entry of the starting state must be finite")

@@ -697,3 +697,23 @@ def test_rescaling_leaves_a_prediction_that_is_constant_over_a_sample_alone():
     """Its standard deviation is 0, and there is nothing to scale."""
     flat = (lambda x, t: torch.ones_like(x), lambda x, t: torch.zeros_like(x))
     close(sv.run(PLAN, guided(*flat, 3.0, rescale=0.7), X), sv.run(PLAN, guided(*flat, 3.0), X))
+
+
+def test_a_scale_is_asked_inside_its_interval_alone():
+    once = sv.run(PLAN, guided(led(1.0), led(0.0), 2.0, high=0.4), X)
+    asked = guided(led(1.0), led(0.0), lambda t: 2 / (t < 0.5), high=0.4)  # infinite outside
+    close(sv.run(PLAN, asked, X), once)
+
+
+def test_cfg_pp_leads_a_stage_at_the_end_as_the_last_step():
+    scale = cfg_pp(PATH, TIMES, 0.6)
+    h = PATH.half_logsnr(TIMES).diff()
+    assert_close(scale(TIMES[-2:]), (0.6 / -torch.expm1(-h[-1])).expand(2))
+    assert sv.run(sv.heun(PATH, TIMES), guided(led(1.0), led(0.0), scale), X).isfinite().all()
+
+
+def test_what_a_network_natively_predicts_is_not_carried_into_another_model():
+    noise = sv.Model(lambda x, t: x)
+    made, own = dataclasses.replace(noise, predicts="velocity"), sv.Model(lambda x, t: x, "velocity")
+    assert torch.equal(sv.sample(made, X, PATH, 7), sv.sample(own, X, PATH, 7))
+    sv.centred(dataclasses.replace(noise, predicts="data"), torch.zeros(8))

@@ -180,7 +180,7 @@ def recommended(
     )
 
 
-def recommended_for(predicts: str | None) -> Callable[..., Plan]:
+def recommended_for(predicts: str) -> Callable[..., Plan]:
     """`recommended` as it suits a network that predicts noise, or something else."""
     return partial(recommended, variable="asinh") if predicts in PREDICTS_NOISE else recommended
 
