@@ -48,7 +48,7 @@ def trajectory_slopes(build, problem, span, spacing, halved=0):
         ("line", NARROW, uneven),
         pytest.param("line", FULL, even, marks=pytest.mark.slow),
         ("line", FULL, uneven),
-        ("eight", NARROW, even),
+        pytest.param("eight", NARROW, even, marks=pytest.mark.slow),
     ],
     ids=["line even", "line uneven", "line full even", "line full uneven", "eight even"],
 )
