@@ -109,6 +109,11 @@ class Discrete:
         schedule._knots(torch.log(values) / 2)
         return schedule
 
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha_n^2 at each level, [N], float64."""
+        return torch.exp(2 * self._log_alpha[1:])
+
     def zero_terminal_snr(self) -> "Discrete":
         """The same levels with alpha shifted and scaled so that the last is 0. Source: Lin et al. 2023 (arXiv 2305.08891), alg. 1."""
         alpha = torch.exp(self._log_alpha[1:])

@@ -323,13 +323,13 @@ def outputs_at(
     read = model.labels(times)
     label_dtype = torch.long if isinstance(read[0], int) else x.dtype
     labels = torch.tensor(read, dtype=label_dtype, device=x.device).expand(len(x))
-    given = scale.to(x).reshape(-1, *[1] * (x.ndim - 1)) * x
+    column = [-1] + [1] * (x.ndim - 1)
+    given = scale.to(x).reshape(column) * x
     level: tuple = ()
     if model.at_levels is None:
         given = given.to(dtype or x.dtype)
     else:
         weights = in_lanes(partial(_weights_at, model, schedule), times)
-        column = [-1] + [1] * (x.ndim - 1)
         level = (
             picked(weights, lambda w: w.item() if len(w) == 1 else w.to(x).reshape(column)),
             dtype or x.dtype,

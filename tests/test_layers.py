@@ -50,6 +50,7 @@ ROOMS = [
     "adapters.networks",
     "adapters.k_diffusion",
     "adapters.configs",
+    "adapters.steps",
     "adapters.diffusers",
     "adapters",
     "comparison",

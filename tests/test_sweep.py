@@ -25,7 +25,14 @@ def places(schedules, grids):
 LEVELS = places({"ddpm": sv.Discrete.linear(1000)}, (sv.angle_levels, sv.trailing, sv.leading, sv.linspace))
 PLACES = places({"vp": sv.VP()}, GRIDS) | places({"flow": sv.Flow()}, (sv.uniform, sv.angle)) | LEVELS
 OTHER_PLACES = places({"edm": EDM, "cosine": sv.Cosine(), "subvp": sv.SubVP()}, GRIDS)
-ALIKE = {"vp power", "vp karras", "vp quadratic", "flow uniform", "ddpm linspace", "ddpm leading"}  # to others
+ALIKE = {
+    "vp power",
+    "vp karras",
+    "vp quadratic",
+    "flow uniform",
+    "ddpm linspace",
+    "ddpm leading",
+}  # to others
 EVERYWHERE = PLACES | OTHER_PLACES
 FORMS = {name: build(sv.VP(), sv.logsnr(sv.VP(), 2)).predicts for name, build in BUILDS.items()}
 

@@ -109,12 +109,7 @@ def schedule_of(config: Mapping[str, Any], mu: float | None = None) -> Discrete 
     scale = entry(config, "snr_shift_scale", 1.0)
     if scale != 1:  # CogVideoX: the SNR divided by it
         positive(snr_shift_scale=scale)
-        squares = (
-            schedule.alpha(
-                torch.arange(1, schedule.levels + 1, dtype=torch.float64, device="cpu") / schedule.levels
-            )
-            ** 2
-        )
+        squares = schedule.alphas_cumprod
         schedule = Discrete.from_alphas_cumprod(squares / (scale + (1 - scale) * squares))
     return schedule.zero_terminal_snr() if entry(config, "rescale_betas_zero_snr", False) else schedule
 

@@ -4,9 +4,7 @@ import difflib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from solvers.adapters.configs import (
     predicts_of,
     schedule_of,
 )
+from solvers.adapters.steps import Run
 from solvers.arguments import choice, number, numbers, whole
 from solvers.discrete import Discrete
 from solvers.methods import BUILDS
@@ -29,7 +28,7 @@ from solvers.methods.unipc import first_calls, recommended_for
 from solvers.noise import Source, noised, per_sample
 from solvers.plan import Plan
 from solvers.predictions import Model
-from solvers.rows import Row, rows_of
+from solvers.rows import rows_of
 from solvers.run import State, execute
 from solvers.schedules import Flow, Schedule
 
@@ -61,87 +60,6 @@ NAMES = {ours: theirs for theirs, ours in PREDICTS.items()}
 ROUNDED = 1e-3  # by how much published sigmas may leave the network's levels
 
 __all__ = ["SolversScheduler", "from_diffusers"]
-
-
-@dataclass
-class _Run:
-    """What one thread's sampling has come to: the plan, and the state between two steps."""
-
-    schedule: Discrete | Flow
-    times: Tensor  # the outer grid
-    plan: Plan
-    timesteps: Tensor  # one for each call, on the host
-    on_device: Tensor  # the same where the pipeline wants them
-    sigmas: Tensor  # at each call and at the end
-    firsts: list[int]  # the call that begins each step
-    begin: int | None = None
-    index: int | None = None  # of the next call; None before the first
-    rows: list[Row] | None = None
-    state: State | None = None
-    returned: tuple[Tensor, int] | None = None  # what the last step gave, and its version
-
-    def order(self) -> int:
-        """Calls in a step; 1 where steps differ in that, but for the last, which may make fewer."""
-        counts = [b - a for a, b in pairwise([*self.firsts, len(self.timesteps)])]
-        return counts[0] if set(counts[:-1]) <= {counts[0]} and counts[-1] <= counts[0] else 1
-
-    def place(self, timestep: float | Tensor) -> int | None:
-        """Which of the timesteps this is, by where it lies in memory, and no look at a device; None if it lies elsewhere."""
-        ours = self.on_device
-        if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != ours.dtype:
-            return None
-        if timestep.untyped_storage().data_ptr() != ours.untyped_storage().data_ptr():
-            return None
-        return int(timestep.storage_offset() - ours.storage_offset())
-
-    def found(self, timestep: float | Tensor) -> int:
-        """Which of the timesteps has this value. It is asked of a copy on a device at the first step alone, if nobody said where to begin."""
-        here = (self.timesteps == _value(timestep)).nonzero().flatten().tolist()
-        if len(here) != 1:
-            raise ValueError(
-                f"timestep = {timestep} is {'more than once in' if here else 'not among'} the timesteps of this run: pass an element of "
-                "scheduler.timesteps, or say where to start by scheduler.set_begin_index(i)"
-            )
-        return here[0]
-
-    def check_turn(self, timestep: float | Tensor) -> None:
-        """The timestep is the one whose turn it is, as far as that can be seen without the device."""
-        assert self.index is not None
-        if self.index >= len(self.timesteps):
-            raise ValueError(
-                f"the run is over after {len(self.timesteps)} calls: call scheduler.set_timesteps for another"
-            )
-        place = self.place(timestep)
-        if place is None and not (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
-            place = self.index if _value(timestep) == self.timesteps[self.index].item() else -1
-        if place not in (None, self.index):
-            raise ValueError(
-                f"timestep = {timestep} is out of turn: expected {self.timesteps[self.index]}, the one of call {self.index}"
-            )
-
-    def before(self, sample: Tensor) -> State:
-        """The state before a step: the sample, or, if that is what the last step gave, what it gave before rounding."""
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        if self.state is None:
-            return State(sample.to(dtype))
-        if sample.shape != self.state.x.shape:
-            raise ValueError(
-                f"sample has shape {list(sample.shape)} in call {self.index}: expected that of the calls before, {list(self.state.x.shape)}"
-            )
-        unchanged = (
-            self.returned is not None and sample is self.returned[0] and sample._version == self.returned[1]
-        )
-        return self.state if unchanged else replace(self.state, x=sample.to(dtype))
-
-    def after(self, state: State, dtype: torch.dtype) -> Tensor:
-        """What the pipeline is given, and what is kept for the next step, if there is one."""
-        assert self.index is not None
-        following = state.x.to(dtype)
-        self.index += 1
-        over = self.index == len(self.timesteps)
-        self.state = None if over else state
-        self.returned = None if over else (following, following._version)
-        return following
 
 
 class SolversScheduler(SchedulerMixin, ConfigMixin):
@@ -319,7 +237,7 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         labels = self._labels(schedule, plan)
         stands = torch.cat([plan.is_called, torch.ones(1, dtype=torch.bool, device="cpu")])
         sigma, alpha = plan.sigma[stands], plan.alpha[stands]
-        self._threads.run = _Run(
+        self._threads.run = Run(
             schedule,
             times,
             plan,
@@ -350,7 +268,7 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         schedule = self._schedule()
         if not isinstance(schedule, Discrete):
             raise ValueError("a flow has no levels, and so no alphas_cumprod")
-        return (schedule.alpha(torch.arange(1, len(self) + 1, dtype=torch.float64) / len(self)) ** 2).float()
+        return schedule.alphas_cumprod.float()
 
     @property
     def num_inference_steps(self) -> int | None:
@@ -485,10 +403,10 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         self._threads = threading.local()
         self._build = _method(self.config["method"], self.config["options"], predicts_of(self.config))
 
-    def _of_thread(self) -> _Run | None:
+    def _of_thread(self) -> Run | None:
         return getattr(self._threads, "run", None)
 
-    def _running(self) -> _Run:
+    def _running(self) -> Run:
         run = self._of_thread()
         if run is None:
             raise ValueError(
@@ -547,7 +465,7 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
             else labels.float()
         )
 
-    def _start(self, run: _Run, timestep: float | Tensor) -> None:
+    def _start(self, run: Run, timestep: float | Tensor) -> None:
         """Before the first step: where it is, and from a later one the method anew on what is left of the grid."""
         first = run.place(timestep) if run.begin is None else run.begin
         first = run.found(timestep) if first is None else first
@@ -582,10 +500,6 @@ class SolversScheduler(SchedulerMixin, ConfigMixin):
         return per_sample(self.config["seed"], range(batch))
 
 
-def _value(timestep: float | Tensor) -> float:
-    return number("timestep", timestep)  # type: ignore[arg-type]
-
-
 def _no_network(x: Tensor, label: Tensor) -> Tensor:
     raise NotImplementedError  # a scheduler's steps bring their outputs with them
 
@@ -607,8 +521,7 @@ def _method(name: str, options: Mapping[str, Any] | None, predicts: str) -> Call
             raise TypeError(
                 f"options = {options!r:.200} of method = {name!r}: {option!r} is none of its options {', '.join(takes)}"
             )
-    build = partial(build, **(options or {}))
-    return build
+    return partial(build, **(options or {}))
 
 
 def _behind(times: Tensor, schedule: Schedule) -> Tensor:

@@ -77,7 +77,7 @@ def exponential_adams(
         order: 1 to 8.
         predicts: "noise" | "data" | "velocity".
         variable: what the polynomial is in: "half_logsnr" | "t" | "sigma" (sigma / alpha) | "angle" (arctan(sigma / (scale alpha))) |
-            "asinh" (arsinh(sigma / (scale alpha)): like log-SNR where that is small, like the angle where it is large).
+            "asinh" (arsinh(sigma / (scale alpha)): like the angle where that is small, like log-SNR where it is large).
         scale: of the velocity form: 1 for v, the data's standard deviation for EDM's F.
         start: "ramp" | "singlestep", how the history is begun.
         final: "full" | "lower"; "lower" ends with orders p - 1, ..., 1, steadier where the last steps of half log-SNR
