@@ -1,4 +1,4 @@
-"""Records: what a benchmark writes, one JSON object a line, and what draw.py reads."""
+"""Records: what a benchmark writes, one JSON object a line, and what report.py reads."""
 
 import gzip
 import json
@@ -6,17 +6,39 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from subprocess import run
 from typing import TextIO
 
 import torch
 
 from solvers import comparison
 
+PEERS = ("diffusers", "k-diffusion", "torchdiffeq")
+
 
 def versions() -> dict[str, str]:
-    """What made a record."""
-    return comparison.versions() | {"threads": str(torch.get_num_threads())}
+    """What made a record: versions, threads, device and commit."""
+    return comparison.versions() | {"threads": str(torch.get_num_threads())} | _machine()
+
+
+@cache
+def _machine() -> dict[str, str]:
+    """The peers that are installed, the device, and the commit, with a + if something is not committed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    cuda = torch.cuda.is_available()
+    here = Path(__file__).parent
+    git = ["git", "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    commit = run(git, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    device = torch.cuda.get_device_name() if cuda else "CPU"
+    return found | {"device": device, "commit": commit or "none"}
 
 
 @contextmanager
@@ -102,8 +124,69 @@ class Adaptive:
     benchmark: str = "adaptive"
 
 
-Record = Step | WorkPrecision | Law | Adaptive
-KINDS = {"step": Step, "work_precision": WorkPrecision, "law": Law, "adaptive": Adaptive}
+@dataclass(frozen=True)
+class Build:
+    """The time to make a plan from a schedule and its times."""
+
+    method: str
+    steps: int
+    rows: int
+    seconds: float  # minimum over rounds
+    rounds: int
+    seed: int
+    versions: dict[str, str] = field(default_factory=versions)
+    benchmark: str = "build"
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The cost of a run against one quantity, the others held fixed."""
+
+    quantity: str  # "steps" | "batch" | "dimension" | "history"
+    value: int  # of the quantity
+    method: str
+    executor: str  # "eager" | "fused"
+    shape: list[int]  # of x
+    steps: int
+    seconds: float  # of a run, less that of its bare network calls; minimum over rounds
+    rounds: int
+    seed: int
+    versions: dict[str, str] = field(default_factory=versions)
+    benchmark: str = "growth"
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """Sampling with a network of real size, against its bare calls."""
+
+    network: str
+    parameters: int
+    method: str
+    executor: str  # "eager" | "fused" | "graph"
+    dtype: str  # of the network
+    shape: list[int]  # of x
+    nfe: int
+    seconds: float  # of a run; median over rounds
+    bare: float  # of nfe calls of the network alone, or of their graph; median over rounds
+    ratio: float  # of a run and the bare calls next to it; median over rounds
+    syncs: int | None  # times a run made the host wait for the device; None where that is not counted
+    extra_states: float | None  # peak memory of a run above that before it and of the network's own, in states
+    rounds: int
+    seed: int
+    versions: dict[str, str] = field(default_factory=versions)
+    benchmark: str = "end_to_end"
+
+
+Record = Step | WorkPrecision | Law | Adaptive | Build | Growth | EndToEnd
+KINDS = {
+    "step": Step,
+    "work_precision": WorkPrecision,
+    "law": Law,
+    "adaptive": Adaptive,
+    "build": Build,
+    "growth": Growth,
+    "end_to_end": EndToEnd,
+}
 
 
 def arguments(

@@ -105,7 +105,7 @@ class Trained:
     benchmark: str = "trained"
 
 
-KINDS["trained"] = Trained  # draw.py does not know it; --table does
+KINDS["trained"] = Trained  # report.py does not know it; --table does
 
 
 def target(predicts: str, alpha: Tensor, sigma: Tensor, x0: Tensor, eps: Tensor) -> Tensor:

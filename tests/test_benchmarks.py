@@ -14,7 +14,7 @@ from reference import digits, kl, law, wasserstein2
 from solvers.comparison import price
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("records", "step", "work_precision", "stochastic", "adaptive", "draw")
+SCRIPTS = ("records", "step", "work_precision", "stochastic", "adaptive", "report")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_records_have_the_declared_fields(scripts, results):
         assert records
         for record in records:
             assert type(record) is declared
-            assert set(record.versions) == {"python", "torch", "solvers", "threads"}
+            assert set(record.versions) >= {"python", "torch", "solvers", "threads", "device", "commit"}
             for field in fields(declared):
                 if field.type in (int, float, str):
                     assert isinstance(getattr(record, field.name), field.type), field.name
@@ -138,7 +138,7 @@ def test_records_of_adaptive_runs_are_their_runs(scripts, results):
     off = found.x - data.flow(x, schedule, schedule.start, schedule.stop)
     assert record.rmse == pytest.approx(off.square().mean().sqrt().item(), rel=1e-6)
     assert {r.solver for r in records if r.tolerance is None} > {"recommended, angle"}
-    lines = scripts["draw"].lines_of(records, "1-D mixture")
+    lines = scripts["report"].lines_of(records, "1-D mixture")
     assert lines["adams"][0][1] > 1e-2 > lines["adams"][-1][1]
 
 
@@ -167,11 +167,11 @@ def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path)
 
     document = tmp_path / "benchmarks.md"
     places = [
-        f"<!-- draw.py: begin {name} -->\nold\n<!-- draw.py: end {name} -->"
+        f"<!-- report.py: begin {name} -->\nold\n<!-- report.py: end {name} -->"
         for name in ("step", "work_precision", "ratios", "laws", "samples", "prices", "kept")
     ]
     document.write_text("\n\n".join(["# Title", *places, "last line"]))
-    scripts["draw"].main(
+    scripts["report"].main(
         [*map(str, results), "--out", str(tmp_path), "--into", str(document), "--columns", "8", "16"]
     )
 
@@ -193,4 +193,4 @@ def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path)
 
 def test_a_document_without_a_place_is_an_error(scripts):
     with pytest.raises(ValueError, match="begin step"):
-        scripts["draw"].insert("no place here", "step", "table")
+        scripts["report"].insert("no place here", "step", "table")

@@ -1,6 +1,6 @@
 """Figures and Markdown tables from records, and from nothing else.
 
-python benchmarks/draw.py results/*.jsonl --out results --into docs/benchmarks.md docs/which-solver.md
+python benchmarks/report.py results/*.jsonl --out results --into docs/benchmarks.md docs/which-solver.md
 """
 
 import argparse
@@ -476,7 +476,7 @@ def kept_table(records: Sequence[Adaptive]) -> str:
 
 def insert(text: str, name: str, table: str) -> str:
     """The text with what stands between the comments `begin name` and `end name` replaced."""
-    begin, end = f"<!-- draw.py: begin {name} -->", f"<!-- draw.py: end {name} -->"
+    begin, end = f"<!-- report.py: begin {name} -->", f"<!-- report.py: end {name} -->"
     if begin not in text or end not in text:
         raise ValueError(f"the document has no place for the table: expected the lines {begin} and {end}")
     return re.sub(f"(?s){re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{table}\n{end}", text)
