@@ -18,7 +18,7 @@ from time import perf_counter
 from types import ModuleType
 
 import torch
-from draw import insert
+from report import insert
 from records import KINDS, arguments, read, threads, versions, write
 from safetensors.torch import load_model, save_model
 from torch import Tensor
