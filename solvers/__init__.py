@@ -9,6 +9,7 @@ from solvers.bound import Bound, continuous_elbo, elbo
 from solvers.control import NonConvergence, Solution
 from solvers.decoder import Decoder
 from solvers.discrete import Discrete
+from solvers.graph import Sampler, compiled_sampler
 from solvers.grids import (
     angle,
     angle_levels,
@@ -101,6 +102,7 @@ __all__ = [
     "Plan",
     "ProbabilityFlow",
     "ReverseSDE",
+    "Sampler",
     "Schedule",
     "Solution",
     "State",
@@ -117,6 +119,7 @@ __all__ = [
     "centred",
     "checkpointed",
     "churn",
+    "compiled_sampler",
     "continuous_elbo",
     "convert",
     "corrected",

@@ -85,8 +85,7 @@ def elbo(
         for i, row in enumerate(rows_of(plan, model, data)[:last]):
             x = float(plan.alpha[i]) * data + float(plan.sigma[i]) * drawn(source, i, data)
             m, second = called(plan, model, row, x, i, x0.dtype, True)
-            mean = combined(row._replace(keep=None), x, m, {}, i, check=False)
-            assert mean is not None
+            mean = combined(row._replace(keep=None, draws=[]), x, m, {}, {}, i)
             variance = torch.tensor(
                 sum(weight**2 for _, weight in row.draws), dtype=torch.float64, device=x.device
             )
@@ -98,8 +97,7 @@ def elbo(
         denoise = _denoising(plan, last)
         x = alpha * data + sigma * drawn(source, last, data)
         (row,) = rows_of(denoise, model, data)
-        mean = combined(row, x, called(denoise, model, row, x, 0, x0.dtype, True)[0], {}, 0, check=False)
-        assert mean is not None
+        mean = combined(row, x, called(denoise, model, row, x, 0, x0.dtype, True)[0], {}, {}, 0)
         reconstruction = (decoder or Decoder()).log_p(data, mean, sigma / alpha if alpha > 0 else math.inf)
         prior = _prior(data, float(plan.alpha[0]), float(plan.sigma[0]), prior_variance)
     bound = Bound(prior, torch.stack(terms) if terms else prior.new_zeros(0, len(data)), reconstruction)

@@ -1,5 +1,6 @@
-"""All elements of a sample as one dimension, and inner products over them."""
+"""All elements of a sample: as one dimension, inner products over them, and how they lie in memory."""
 
+import torch
 from torch import Tensor
 
 
@@ -11,3 +12,10 @@ def elements(x: Tensor, first: int = 1) -> Tensor:
 def inner(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """The inner products over all elements of samples like those of x [B, ...], whose dimensions are the last of u and v."""
     return (u * v).sum([*range(1 - x.ndim, 0)]) if x.ndim > 1 else u * v
+
+
+def laid_like(x: Tensor, t: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """t, or a copy of it that lies in memory as x does, whose strides are given, in that dtype."""
+    if t.stride() == strides and t.dtype == dtype:
+        return t
+    return torch.empty_like(x, dtype=dtype).copy_(t)

@@ -1,18 +1,20 @@
-"""A plan's rows as the executor takes them: the model's prediction folded in, applied in as few passes as can be."""
+"""A plan's rows as the executor takes them, the model's prediction folded in, and what applies them to a state."""
 
 import itertools
 import math
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from solvers.kernels import Kernel
 from solvers.plan import Plan, last_use, nonzero
 from solvers.predictions import Model, conversion, picked
 
-# (y, scale, u, weight), numbers: y <- scale y + weight u, in place
-ScaledAdd = tuple[Tensor, Any, Tensor, Any]
+# (y, adds, u, weight): y <- weight u, or y + weight u if it adds
+ScaledAdd = tuple[Tensor, bool, Tensor, float]
 PIECE = 2**18  # elements of a state that a CPU's cache holds several times over
 
 
@@ -33,27 +35,27 @@ class Row(NamedTuple):
     """One row with the conversion of the model's output folded in; every weight a host float, or a tensor of x's kind.
 
     x <- x_weight x + output_weight m + sum over past + shift + sum over draws, and, where a later row reads this call,
-    kept = keep[0] x + keep[1] m. `swap` is the same x from kept and m, where that is as well conditioned.
+    kept = keep[0] x + keep[1] m.
     """
 
-    label: float | int
+    label: Any  # what the net reads: a number, or for a given state a tensor [B] beside it
     input_scale: float
     x_weight: Weight
     output_weight: Weight
     past: list[tuple[int, Weight]]
     draws: list[tuple[int, float]]
     keep: tuple[Weight, Weight] | None
-    swap: tuple[float, float] | None
-    done: list[int]
+    done: list[int]  # the outputs that no later row reads
     shift: Weight = 0.0
     as_formula: bool = False  # weights per element, or a shift: no scaled additions
     is_called: bool = True
     variance: "Variance | None" = None
     at_level: tuple | None = None  # of a guided model; see `Model.at_levels`
+    packed: Tensor | None = None  # the weights of all rows as a kernel reads them, beside the state
 
 
 def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
-    """Everything the loop needs, decided before the first call. `like` is the state, whose kind weights per element take."""
+    """Everything the loop needs, decided before the first call and laid beside `like`, the state. Nothing waits for a device."""
     formula = bool(plan.element_shape or plan.shift.numel())
     if like is not None and not _broadcasts(plan.element_shape, like.shape[1:]):
         raise ValueError(
@@ -73,44 +75,67 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
         here = torch.tensor(called, device="cpu").reshape(alpha.shape)
         from_x, from_m = torch.where(here, from_x, 0.0), torch.where(here, from_m, 1.0)
     _refuse_undetermined(plan, model, ~(from_x.isfinite() & from_m.isfinite()))
-    a, b0 = plan.a, plan.b[:, 0]
-    # x = (kept - from_m m) / from_x is as good as x itself unless its terms outgrow it
-    growth = (from_m / from_x).abs() * torch.hypot(p, q) / torch.hypot(alpha, sigma)
-    can_swap = [False] * plan.rows if formula else (growth < 4).tolist()
-    labels = _labels(plan, model, called)
+    labels, at_levels = _labels(plan, model, called, like), _at_levels(plan, model, called)
     scales = model.input_scale(plan.alpha[:-1], plan.sigma[:-1]).tolist()
-    x_weights, output_weights = weights(a + b0 * from_x), weights(b0 * from_m)
-    table, read, draws = weights(plan.b), nonzero(plan.b).tolist(), plan.c.tolist()
-    keep = weights(torch.stack([from_x, from_m], 1))
-    swap = weights(torch.stack([b0 + a / from_x, -a * from_m / from_x], 1))
+    b0 = plan.b[:, 0]
+    own = weights(torch.stack([plan.a + b0 * from_x, b0 * from_m, from_x, from_m], 1))
+    table, read, c = weights(plan.b), nonzero(plan.b).tolist(), plan.c.tolist()
     shift = weights(plan.shift) if plan.shift.numel() else [0.0] * plan.rows
     variances = _variances(plan, model, (p, q))
-    at_levels = _at_levels(plan, model, called)
+    past = [[(i - j, table[i][j]) for j in range(1, plan.window) if read[i][j]] for i in range(plan.rows)]
+    draws = [[(i - k, weight) for k, weight in enumerate(row) if weight] for i, row in enumerate(c)]
+    done: list[list[int]] = [[] for _ in last]
+    for call, row in enumerate(last):
+        if row > call:
+            done[row].append(call)
+    packed = None if formula or like is None else _packed(own, past, draws, like)
     return [
         Row(
             label=labels[i],
             input_scale=scales[i],
-            x_weight=x_weights[i],
-            output_weight=output_weights[i],
-            past=[(i - j, table[i][j]) for j in range(1, plan.window) if read[i][j]],
-            draws=[(i - k, weight) for k, weight in enumerate(draws[i]) if weight],
-            keep=(keep[i][0], keep[i][1]) if last[i] > i else None,
-            swap=(swap[i][0], swap[i][1]) if last[i] > i and can_swap[i] else None,
-            done=[call for call in range(max(0, i - plan.window), i) if last[call] == i],
+            x_weight=own[i][0],
+            output_weight=own[i][1],
+            past=past[i],
+            draws=draws[i],
+            keep=(own[i][2], own[i][3]) if last[i] > i else None,
+            done=done[i],
             shift=shift[i],
             as_formula=formula,
             is_called=called[i],
             variance=variances[i],
             at_level=at_levels[i],
+            packed=packed,
         )
         for i in range(plan.rows)
     ]
 
 
-def _labels(plan: Plan, model: Model, called: list[bool]) -> list[float] | list[int]:
-    """What the net reads in each row; in rows that do not call it, whatever."""
-    labels = iter(model.labels(plan.times[:-1][torch.tensor(called, device="cpu")]))
-    return [next(labels) if is_called else 0 for is_called in called]
+def _packed(own: list[list[float]], past: list, draws: list, like: Tensor) -> Tensor:
+    """The rows' weights as a kernel reads them, beside the state: of x and m in x, of them in what is kept, of the terms."""
+    rows = [
+        [*mine, *(weight for _, weight in terms)]
+        for mine, terms in zip(own, map(list.__add__, past, draws), strict=True)
+    ]
+    longest = max(map(len, rows))
+    rows = [row + [0.0] * (longest - len(row)) for row in rows]
+    return torch.tensor(rows, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
+
+
+def _labels(plan: Plan, model: Model, called: list[bool], like: Tensor | None) -> Sequence:
+    """What the net reads in each row, in rows that do not call it whatever: numbers, or [B] beside `like`, begun at multiples of 16 bytes."""
+    times = plan.times[:-1]
+    if all(called):
+        numbers = model.labels(times)
+    else:
+        given = iter(model.labels(times[torch.tensor(called, device="cpu")]))
+        numbers = [next(given) if is_called else 0 for is_called in called]
+    if like is None:
+        return numbers
+    dtype = torch.long if all(isinstance(number, int) for number in numbers) else like.dtype
+    labels = torch.tensor(numbers, dtype=dtype, device="cpu").to(like.device, non_blocking=True)
+    whole = 16 // labels.element_size()
+    width = -(-len(like) // whole) * whole
+    return labels[:, None].expand(-1, width).contiguous()[:, : len(like)].unbind()
 
 
 def _at_levels(plan: Plan, model: Model, called: list[bool]) -> list[tuple | None]:
@@ -175,101 +200,136 @@ def _refuse_undetermined(plan: Plan, model: Model, undetermined: Tensor) -> None
 
 
 def combined(
-    row: Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call: int, check: bool
-) -> Tensor | None:
-    """The row as a formula that gradients flow through; None if `check` finds m not finite."""
-    if check and not is_finite(m.detach()):
-        return None
-    new = x * row.x_weight + m * row.output_weight  # x first: it is its layout that is kept
+    row: Row, x: Tensor, m: Tensor | None, outputs: dict[int, Tensor], draws: dict[int, Tensor], call: int
+) -> Tensor:
+    """The row as a formula that gradients flow through; m is None where the model is not called."""
+    new = x * row.x_weight
+    if m is not None:
+        new = new + m * row.output_weight  # x first: it is its layout that is kept
     if row.as_formula:
         new = new + row.shift
     for past, weight in row.past:
         new = new + outputs[past] * weight
-    if row.keep:
+    for draw, weight in row.draws:
+        new = new + draws[draw] * weight
+    if row.keep and m is not None:
         outputs[call] = x * row.keep[0] + m * row.keep[1]
     for past in row.done:
         outputs.pop(past, None)
     return new
 
 
-def uncalled(row: Row, x: Tensor, outputs: dict[int, Tensor], reuse: bool) -> Tensor:
-    """The row where the model is not called, as no row reads its output; `reuse` as in `combined_in_place`."""
-    if reuse and not row.as_formula:
-        new = x if row.x_weight == 1 else x.mul_(row.x_weight)
-    else:
-        new = x * row.x_weight + row.shift
-    for past, weight in row.past:
-        new = new + outputs[past] * weight
-    for past in row.done:
-        outputs.pop(past, None)
-    return new
+class Stepper:
+    """Applies rows of numbers to a state: in one pass of a kernel, or as scaled additions of torch with the same roundings."""
 
+    def __init__(
+        self, kernel: Kernel | None, reuse: bool, check: bool, history: torch.dtype | None = None
+    ) -> None:
+        """What applies rows.
 
-def combined_in_place(
-    row: Row, x: Tensor, m: Tensor, outputs: dict[int, Tensor], call: int, reuse: bool, check: bool
-) -> Tensor | None:
-    """The row as scaled additions; None if `check` finds m not finite.
+        Args:
+            kernel: what does it in one pass, if anything.
+            reuse: whether x is overwritten, and outputs that no later row reads; else all that is made is new.
+            check: whether to look if outputs are finite.
+            history: the dtype in which outputs are kept, if not the state's.
+        """
+        self.kernel, self.reuse, self.check, self.history = kernel, reuse, check, history
+        self.free: list[Tensor] = []  # memory of outputs that nobody reads any more
 
-    `reuse` lets it overwrite x and outputs that are read for the last time.
-    """
-    past = dict(row.past)
-    spent = row.done[0] if row.done else -1  # an output whose memory is free once its weight is in
-    x = x if reuse else x.clone()
-    new, first, last = x, [(x, row.x_weight, m, row.output_weight)], []
-    if row.keep:
-        keep_x, keep_m = row.keep
-        spare = torch.empty_like(x) if spent < 0 else outputs[spent] if reuse else outputs[spent].clone()
-        if row.swap:  # the kept output takes the place of x, and x that of the spent one
-            outputs[call], new = x, spare
-            first = [
-                (x, keep_x, m, keep_m),
-                (new, past.pop(spent, 0.0), x, row.swap[0]),
-                (new, 1.0, m, row.swap[1]),
-            ]
-        elif keep_x == 0:  # the network predicts in the plan's form
-            outputs[call] = spare
-            last = [(spare, 0.0, m, keep_m)]
+    def __call__(
+        self,
+        row: Row,
+        x: Tensor,
+        m: Tensor | None,
+        outputs: dict[int, Tensor],
+        draws: dict[int, Tensor],
+        call: int,
+        flags: Tensor | None = None,
+    ) -> Tensor | None:
+        """The state after the row; None if m is not finite.
+
+        Args:
+            row: the row.
+            x: the state before it.
+            m: the output; None where the model is not called.
+            outputs: those that are kept, by call; brought up to date.
+            draws: the noise, by draw.
+            call: the row's number.
+            flags: [B], where a kernel on a device marks the samples of m that are not finite.
+        """
+        terms = [outputs[past] for past, _ in row.past]
+        if row.draws:
+            terms += [draws[draw] for draw, _ in row.draws]
+        spent = [outputs.pop(past) for past in row.done if past in outputs]
+        if self.kernel and self.reuse:
+            self.free += spent  # read before they are written
+        kept = self._memory(x) if row.keep else None
+        wide = kept if kept is None or kept.dtype == x.dtype else torch.empty_like(x)
+        new = x if self.reuse else torch.empty_like(x)
+        if self.kernel and row.packed is not None:
+            finite = self.kernel(row.packed, call, x, x if m is None else m, terms, new, wide, flags)
         else:
-            outputs[call] = x.clone()
-            first = [(outputs[call], keep_x, m, keep_m), *first]
-    steps = [*first, *((new, 1.0, outputs[old], weight) for old, weight in past.items()), *last]
-    if not _scaled_adds(steps, m, check):
-        return None
-    for old in row.done:
-        outputs.pop(old, None)
-    return new
+            finite = _scaled_adds(_steps(row, x, m, terms, new, wide), m if self.check else None)
+            if self.reuse:
+                self.free += spent
+        if kept is not None and wide is not None:
+            outputs[call] = kept if kept is wide else kept.copy_(wide)
+        return new if finite or not self.check else None
+
+    def _memory(self, x: Tensor) -> Tensor:
+        return self.free.pop() if self.free else torch.empty_like(x, dtype=self.history)
 
 
-def _scaled_adds(steps: list[ScaledAdd], m: Tensor, check: bool) -> bool:
-    """Each y <- scale y + weight u in turn; False as soon as `check` finds m not finite.
+def _steps(
+    row: Row, x: Tensor, m: Tensor | None, terms: list[Tensor], new: Tensor, kept: Tensor | None
+) -> list[ScaledAdd]:
+    """The row as scaled additions."""
+    weights: list[Any] = [weight for _, weight in (*row.past, *row.draws)]
+    steps = [] if kept is None or row.keep is None else _mixed(kept, x, row.keep[0], m, row.keep[1])
+    steps += _mixed(new, x, row.x_weight, m, row.output_weight)
+    return steps + [(new, True, term, weight) for term, weight in zip(terms, weights, strict=True)]
+
+
+def _mixed(y: Tensor, x: Tensor, from_x: Any, m: Tensor | None, from_m: Any) -> list[ScaledAdd]:
+    """y <- from_x x + from_m m; y may be x."""
+    if m is not None and from_x == 0:
+        return [(y, False, m, from_m)]
+    scaled = [] if y is x and from_x == 1 else [(y, False, x, from_x)]
+    return scaled if m is None else [*scaled, (y, True, m, from_m)]
+
+
+def _scaled_adds(steps: list[ScaledAdd], m: Tensor | None) -> bool:
+    """The additions in turn; False as soon as m, if there is one to look at, is found not finite.
 
     A large state on a CPU goes through all of them piece by piece, while the piece is in the cache.
     """
-    large = m.device.type == "cpu" and m.numel() > PIECE
-    if large and all(t.stride() == m.stride() for y, _, u, _ in steps for t in (y, u)):
+    tensors = [t for y, _, u, _ in steps for t in (y, u)]
+    large = tensors and tensors[0].device.type == "cpu" and tensors[0].numel() > PIECE
+    if large and all(t.stride() == tensors[0].stride() for t in tensors):
 
         def pieces(t: Tensor) -> tuple[Tensor, ...]:
             return t.as_strided((t.numel(),), (1,)).split(PIECE)
 
-        cut = [(pieces(y), scale, pieces(u), weight) for y, scale, u, weight in steps]
-        for i, piece in enumerate(pieces(m)):
-            for targets, scale, sources, weight in cut:
-                _scaled_add(targets[i], scale, sources[i], weight)
-            if check and not (math.isfinite(torch.dot(piece, piece).item()) or piece.isfinite().all()):
+        cut = [(pieces(y), adds, pieces(u), weight) for y, adds, u, weight in steps]
+        looked_at = () if m is None else pieces(m)
+        for i in range(len(cut[0][0])):
+            for targets, adds, sources, weight in cut:
+                _scaled_add(targets[i], adds, sources[i], weight)
+            if looked_at and not is_finite(looked_at[i]):
                 return False
         return True
-    if check and not is_finite(m):
+    if m is not None and not is_finite(m):
         return False
     for step in steps:
         _scaled_add(*step)
     return True
 
 
-def _scaled_add(y: Tensor, scale: Any, u: Tensor, weight: Any) -> None:
-    if scale == 0:
-        torch.mul(u, weight, out=y)
+def _scaled_add(y: Tensor, adds: bool, u: Tensor, weight: float) -> None:
+    if adds:
+        y.add_(u, alpha=weight)
     else:
-        (y if scale == 1 else y.mul_(scale)).add_(u, alpha=weight)
+        torch.mul(u, weight, out=y)
 
 
 def is_finite(x: Tensor) -> bool:

@@ -13,20 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from solvers.arguments import flag
 from solvers.grids import has_levels, usual
+from solvers.kernels import kernel_for
 from solvers.methods.unipc import recommended_for
 from solvers.noise import Brownian, Noise, PerSample, Source, as_source, drawn, one_id_each
 from solvers.plan import Plan, last_use
 from solvers.predictions import AnyModel, Model, as_model, native_of, two_outputs
-from solvers.rows import (
-    Row,
-    combined,
-    combined_in_place,
-    deviation_of,
-    is_finite,
-    rows_of,
-    uncalled,
-)
+from solvers.rows import Row, Stepper, combined, deviation_of, is_finite, rows_of
 from solvers.schedules import Schedule
 
 PACKAGE = str(Path(__file__).parent)
@@ -111,12 +105,16 @@ def run(
     callback: Callable[[State], None] | None = None,
     progress: bool = False,
     grad: bool = False,
+    fused: bool | None = None,
+    check: bool = True,
+    history: torch.dtype | None = None,
 ) -> Tensor:
     """Execute a plan.
 
     The state is float64 for float64 x, else float32, whatever the network's dtype; the network is called with x in the
-    dtype in which it is passed here. x itself is never changed. In the loop nothing is read back from an accelerator;
-    whether its outputs were finite is read once, at the end.
+    dtype in which it is passed here. x itself is never changed. In the loop nothing is decided and nothing is read back from an accelerator;
+    whether its outputs were finite is read once, at the end. A row goes over memory once where a kernel does it (see `fused`), and the state,
+    the outputs that later rows read and the network's own are all the memory there is: `plan.window` + 2 states at most, and the noise.
 
     Args:
         plan: the table.
@@ -127,6 +125,12 @@ def run(
         callback: called with the State after each row; it may change state.x in place.
         progress: show a progress bar.
         grad: keep the gradient graph of the whole run, with respect to x and what the model depends on.
+        fused: whether a row is one pass of a kernel (True), or scaled additions of torch (False), which give the same to rounding. None: a kernel for x on a
+            CPU where there is a C compiler (cc, or what CC names), which compiles it once in a process, in 0.2 s; else torch. On CUDA
+            True takes a Triton kernel. Rows per element, and runs with a graph, are formulas of torch.
+        check: whether to look if the outputs are finite: on a CPU at every call, elsewhere at the end, which waits for the device.
+        history: the dtype in which outputs are kept for later rows, e.g. torch.bfloat16 to save memory; sums are of the state's dtype all the same.
+            None: the state's.
 
     Returns:
         The state at plan.times[-1], [B, ...], float32 or float64.
@@ -144,7 +148,7 @@ def run(
     model = as_model(model)
     with torch.inference_mode(False):
         state = _resumed(plan, x) if isinstance(x, State) else started(x, grad)
-    source = _source(plan, noise, len(state.x))
+    source = source_of(plan, noise, len(state.x))
     if grad and (plan.a.requires_grad or plan.b.requires_grad or plan.c.requires_grad):
         raise ValueError(
             "the plan requires a gradient, but a run uses its numbers only: build it from times.detach()"
@@ -154,11 +158,18 @@ def run(
         return state.x
     if not grad:
         warn_of_training(model)
+    flag("check", check)
+    if not (fused is None or isinstance(fused, bool)):
+        raise TypeError(f"fused = {fused!r:.100}: expected True, False or None")
+    if not (history is None or (isinstance(history, torch.dtype) and history.is_floating_point)):
+        raise TypeError(f"history = {history!r:.100}: expected a floating-point dtype, e.g. torch.bfloat16")
     if torch.is_inference_mode_enabled():
         model = replace(model, net=partial(_in_inference_mode, model.net))
     # the state is no inference tensor, which would know no version, by which an edit of x is seen
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
-        return execute(plan, model, state, source, rows, plan.rows, callback, progress, grad)
+        return execute(
+            plan, model, state, source, rows, plan.rows, callback, progress, grad, check, fused, history
+        )
 
 
 def trajectory(
@@ -228,26 +239,30 @@ def execute(
     progress: bool = False,
     grad: bool = False,
     check: bool = True,
+    fused: bool | None = None,
+    history: torch.dtype | None = None,
 ) -> Tensor:
     """The loop: the rows from the state's on and before `stop`, all of it checked already. It overwrites state.x, unless there is a callback.
 
-    Without `check` nobody looks whether the outputs are finite, and nothing is read back from a device.
+    Without `check` nothing is read back from a device.
     """
     x, outputs, draws = state.x, dict(state.outputs), dict(state.draws)
-    reuse = callback is None and not grad
     last_draw = last_use(plan.c)
     late = check and _is_read_late(x)
     at_once = check and not late
+    kernel = None if grad else kernel_for(x, fused)
+    stepper = Stepper(kernel, callback is None, at_once, history)
     norms, made = [_norm(x)] if late else [], []
+    flags = x.new_zeros(stop, len(x)).unbind() if late and kernel and kernel.marks else [None] * stop
     unit = _unit(plan) if progress else ""
     for i in tqdm(range(state.call, stop), disable=not progress, initial=state.call, total=stop, unit=unit):
-        row, deviation = rows[i], None
+        row, m, deviation = rows[i], None, None
         if source is not None and (last_draw[i] >= i or row.variance):
             draws[i] = drawn(source, i, x)
         if row.is_called:
             m, second = called(plan, model, row, x, i, state.input_dtype or x.dtype, grad)
             if late:
-                norms.append(_norm(m.detach()))
+                norms.append(_norm(m.detach()) if flags[i] is None else flags[i])
                 made.append(i)
             if row.variance and second is not None:
                 if late:
@@ -255,22 +270,22 @@ def execute(
                 elif at_once and not is_finite(second.detach()):
                     raise _non_finite(plan, i, _norm(second.detach()), state_was_finite=is_finite(x.detach()))
                 deviation = deviation_of(row.variance, model.variance, x, m, second)
-            if grad or row.as_formula:
-                new = combined(row, x, m, outputs, i, check=at_once)
-            else:
-                new = combined_in_place(row, x, m, outputs, i, reuse, check=at_once)
+        if grad or row.as_formula:
+            if at_once and m is not None and not is_finite(m.detach()):
+                raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=is_finite(x.detach()))
+            x = combined(row, x, m, outputs, draws, i)
+        else:
+            new = stepper(row, x, m, outputs, draws, i, flags[i])
             if new is None:
+                assert m is not None
                 # the row may have been applied to part of x already: where m is finite, x still is what it was, finite or not
                 blameless = bool((x.isfinite() | ~m.isfinite()).all())
                 raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=blameless)
             x = new
-        else:
-            x = uncalled(row, x, outputs, reuse)
-        for draw, weight in row.draws:
-            x = x + weight * draws[draw] if grad else x.add_(draws[draw], alpha=weight)
         if deviation is not None:
             x = x + deviation * draws[i] if grad else x.addcmul_(deviation, draws[i])
-        draws = {draw: z for draw, z in draws.items() if last_draw[draw] > i}
+        if draws:
+            draws = {draw: z for draw, z in draws.items() if last_draw[draw] > i}
         if callback is not None:
             callback(State(x, i + 1, dict(outputs), dict(draws), state.input_dtype, plan.place(i + 1)))
     if norms and not torch.stack(norms).isfinite().all():  # the one read-back
@@ -322,11 +337,9 @@ def called(
     given = x if row.input_scale == 1 else x * row.input_scale
     guided = () if row.at_level is None else (row.at_level, dtype)
     given = given if guided or given.dtype == dtype else given.to(dtype)
-    label_dtype = torch.long if isinstance(row.label, int) else x.dtype
-    label = torch.full((len(x),), row.label, dtype=label_dtype, device=x.device)
     version = 0 if given.is_inference() else given._version
     try:
-        m = model.net(given, label, *guided)
+        m = model.net(given, row.label, *guided)
     except Exception as error:
         error.add_note(
             f"raised by the model in {_where(plan, call)}, half log-SNR = {plan.half_logsnr[call]:g}; it was called with x in "
@@ -336,28 +349,8 @@ def called(
     second = None
     if model.variance is not None:
         m, second = two_outputs(m, x, _where(plan, call))
-    if not isinstance(m, Tensor):
-        raise TypeError(
-            f"the model returned {type(m).__name__} in {_where(plan, call)}: expected one tensor; unpack it in the callable"
-        )
-    if not m.is_floating_point():
-        raise TypeError(
-            f"the model returned {m.dtype} in {_where(plan, call)}: expected a floating-point tensor"
-        )
-    if m.shape != x.shape:
-        doubled = m.ndim == x.ndim > 1 and m.shape[1] == 2 * x.shape[1]
-        hint = (
-            '; if the second half is a learned variance, say so: Model(net, variance="range")'
-            if doubled
-            else ""
-        )
-        raise ValueError(
-            f"the model returned shape {list(m.shape)} in {_where(plan, call)}: expected {list(x.shape)}, the shape of x{hint}"
-        )
-    if m.device != x.device:
-        raise ValueError(
-            f"the model returned a tensor on {m.device} in {_where(plan, call)}: expected {x.device}, like x"
-        )
+    if not isinstance(m, Tensor) or not m.is_floating_point() or m.shape != x.shape or m.device != x.device:
+        raise _unfit(m, x, _where(plan, call))
     if not grad and m.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         m = m.clone()  # the model gave back its input, which the row is about to overwrite
     if version != (0 if given.is_inference() else given._version):
@@ -365,6 +358,27 @@ def called(
             f"the model changed its input x in place in {_where(plan, call)}: let it work on a clone"
         )
     return (m if m.dtype == x.dtype else m.to(x.dtype)), second
+
+
+def _unfit(m: Any, x: Tensor, where: str) -> Exception:
+    """What is wrong with an output."""
+    if not isinstance(m, Tensor):
+        return TypeError(
+            f"the model returned {type(m).__name__} in {where}: expected one tensor; unpack it in the callable"
+        )
+    if not m.is_floating_point():
+        return TypeError(f"the model returned {m.dtype} in {where}: expected a floating-point tensor")
+    if m.shape == x.shape:
+        return ValueError(
+            f"the model returned a tensor on {m.device} in {where}: expected {x.device}, like x"
+        )
+    doubled = m.ndim == x.ndim > 1 and m.shape[1] == 2 * x.shape[1]
+    hint = (
+        '; if the second half is a learned variance, say so: Model(net, variance="range")' if doubled else ""
+    )
+    return ValueError(
+        f"the model returned shape {list(m.shape)} in {where}: expected {list(x.shape)}, the shape of x{hint}"
+    )
 
 
 def _where(plan: Plan, call: int) -> str:
@@ -418,7 +432,8 @@ def _check_state(x: Tensor, grad: bool) -> None:
         raise ValueError(f"x{where} = {x[tuple(where)]:g}: every entry of the starting state must be finite")
 
 
-def _source(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
+def source_of(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
+    """Where the plan's draws come from; None if it makes none."""
     source = None if noise is None else as_source(noise, batch)
     if not plan.is_stochastic:
         return None

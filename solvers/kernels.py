@@ -1,0 +1,155 @@
+"""A row in one pass over memory: a function in C for a state on a CPU, a Triton kernel for one on CUDA."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from solvers.elements import laid_like
+
+REALS = {torch.float32: ("float", "FLT_MAX"), torch.float64: ("double", "DBL_MAX")}
+FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-lm")
+TUNED = (
+    ("-march=native", "-mprefer-vector-width=512"),
+    ("-march=native",),
+    (),
+)  # the first that the compiler knows
+SHARE = 2**20  # elements that keep a thread busy for many times what it takes to start one
+
+
+class Kernel(Protocol):
+    """Applies a row to a state in one pass; made for states that lie in memory as one does.
+
+    Attributes:
+        marks: whether it says by flags, instead of by what it returns, that m is not finite: on a device, where nobody waits to know.
+    """
+
+    marks: bool
+
+    def __call__(
+        self,
+        table: Tensor,
+        row: int,
+        x: Tensor,
+        m: Tensor,
+        terms: Sequence[Tensor],
+        out: Tensor,
+        kept: Tensor | None,
+        flags: Tensor | None,
+    ) -> bool:
+        """out <- w[0] x + w[1] m + sum_k w[4 + k] terms[k];  kept <- w[2] x + w[3] m, if there is one; with w = table[row].
+
+        out may be x, and kept one of the terms. Returns whether m is finite, or sets flags [B] to infinity where a sample of m is not.
+        """
+
+
+def kernel_for(x: Tensor, fused: bool | None) -> Kernel | None:
+    """The kernel for a dense state like x, float32 or float64; None for torch's own scaled additions.
+
+    Args:
+        x: the state, [B, ...].
+        fused: True for a kernel, False for none; None for one on a CPU where a C compiler is found.
+
+    Raises:
+        RuntimeError: fused is True, but there is no compiler, no Triton, or another device.
+    """
+    if fused is False or type(x) is not Tensor:
+        return None
+    if x.device.type == "cpu":
+        function = _compiled(x.dtype)
+        if not isinstance(function, str):
+            return InC(function, x)
+        if fused:
+            raise RuntimeError(f"fused = True, but {function}: leave it out for torch's own operations")
+        return None
+    if not fused:
+        return None
+    if x.device.type == "cuda" and find_spec("triton"):
+        from solvers.rows_triton import InTriton
+
+        return InTriton(x)
+    raise RuntimeError(
+        f"fused = True with x on {x.device}: expected a CPU with a C compiler, or CUDA with Triton (pip install triton); leave it out for "
+        "torch's own operations"
+    )
+
+
+class InC:
+    """rows.c for states like x on a CPU; a large one is shared out among as many threads as torch has."""
+
+    marks = False
+
+    def __init__(self, function: Any, x: Tensor):
+        self.function, self.strides, self.size = function, x.stride(), x.numel()
+        shares = max(min(torch.get_num_threads(), self.size // SHARE), 1)
+        self.spans = list(pairwise(self.size * k // shares for k in range(shares + 1)))
+        self.pool = ThreadPoolExecutor(shares - 1) if shares > 1 else None
+
+    def __call__(
+        self,
+        table: Tensor,
+        row: int,
+        x: Tensor,
+        m: Tensor,
+        terms: Sequence[Tensor],
+        out: Tensor,
+        kept: Tensor | None,
+        flags: Tensor | None,
+    ) -> bool:
+        """See `Kernel`."""
+        m = laid_like(x, m, self.strides, x.dtype)
+        terms = [laid_like(x, t, self.strides, x.dtype) for t in terms]
+        addresses = (ctypes.c_void_p * len(terms))(*[t.data_ptr() for t in terms])
+        given: Any = (
+            x.data_ptr(),
+            m.data_ptr(),
+            out.data_ptr(),
+            None if kept is None else kept.data_ptr(),
+            len(terms),
+            addresses,
+            table.data_ptr() + row * table.stride(0) * table.itemsize,
+        )
+        if self.pool is None:
+            return not self.function(0, self.size, *given)
+        others = [self.pool.submit(self.function, *span, *given) for span in self.spans[1:]]
+        found = [self.function(*self.spans[0], *given), *(other.result() for other in others)]
+        return not any(found)
+
+
+@cache
+def _compiled(dtype: torch.dtype) -> Any:
+    """The function of rows.c for a dtype, compiled once in a process, in 0.2 s; or, as text, why there is none."""
+    name = os.environ.get("CC", "cc")
+    compiler = shutil.which(name)
+    if compiler is None:
+        return f"no C compiler {name!r} is found"
+    real, most = REALS[dtype]
+    command = [compiler, *FLAGS, f"-DREAL={real}", f"-DMAX={most}", str(Path(__file__).with_name("rows.c"))]
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder, "rows.so"))
+        for tuned in TUNED:
+            made = subprocess.run(
+                [*command, *tuned, "-o", library], capture_output=True, text=True, check=False
+            )
+            if made.returncode == 0:
+                break
+        else:
+            return f"{compiler} does not compile rows.c: {made.stderr.strip()[:300]}"
+        try:
+            function = ctypes.CDLL(library).row
+        except OSError as error:  # of a folder from which nothing may be executed
+            return f"rows.c is compiled, but not loaded: {error}"
+    pointer = ctypes.c_void_p
+    function.argtypes = [ctypes.c_int64, ctypes.c_int64, *[pointer] * 4, ctypes.c_int, pointer, pointer]
+    return function
