@@ -145,6 +145,8 @@ def run(
         raise TypeError(
             f"plan is {type(plan).__name__}: expected a Plan, e.g. dpm_solver_pp(schedule, times)"
         )
+    flag("check", check)
+    _check_speed(plan, grad, fused, history)
     model = as_model(model)
     with torch.inference_mode(False):
         state = _resumed(plan, x) if isinstance(x, State) else started(x, grad)
@@ -158,11 +160,6 @@ def run(
         return state.x
     if not grad:
         warn_of_training(model)
-    flag("check", check)
-    if not (fused is None or isinstance(fused, bool)):
-        raise TypeError(f"fused = {fused!r:.100}: expected True, False or None")
-    if not (history is None or (isinstance(history, torch.dtype) and history.is_floating_point)):
-        raise TypeError(f"history = {history!r:.100}: expected a floating-point dtype, e.g. torch.bfloat16")
     if torch.is_inference_mode_enabled():
         model = replace(model, net=partial(_in_inference_mode, model.net))
     # the state is no inference tensor, which would know no version, by which an edit of x is seen
@@ -252,6 +249,8 @@ def execute(
     at_once = check and not late
     kernel = None if grad else kernel_for(x, fused)
     stepper = Stepper(kernel, callback is None, at_once, history)
+    dtype = state.input_dtype or x.dtype
+    given = None if grad else _memory_for_inputs(rows[state.call : stop], x, dtype)
     norms, made = [_norm(x)] if late else [], []
     flags = x.new_zeros(stop, len(x)).unbind() if late and kernel and kernel.marks else [None] * stop
     unit = _unit(plan) if progress else ""
@@ -260,7 +259,7 @@ def execute(
         if source is not None and (last_draw[i] >= i or row.variance):
             draws[i] = drawn(source, i, x)
         if row.is_called:
-            m, second = called(plan, model, row, x, i, state.input_dtype or x.dtype, grad)
+            m, second = called(plan, model, row, x, i, dtype, grad, given)
             if late:
                 norms.append(_norm(m.detach()) if flags[i] is None else flags[i])
                 made.append(i)
@@ -330,13 +329,31 @@ def _non_finite(plan: Plan, call: int, norms: Tensor, state_was_finite: bool) ->
     )
 
 
+def _memory_for_inputs(rows: list[Row], x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What the network is given in calls where it is not x itself; None if it always is."""
+    if any(row.at_level is not None for row in rows):
+        dtype = x.dtype  # a guided model's net turns to the dtype by itself
+    other = dtype != x.dtype or any(row.input_scale != 1 for row in rows)
+    return torch.empty_like(x, dtype=dtype) if other else None
+
+
 def called(
-    plan: Plan, model: Model, row: Row, x: Tensor, call: int, dtype: torch.dtype, grad: bool
+    plan: Plan,
+    model: Model,
+    row: Row,
+    x: Tensor,
+    call: int,
+    dtype: torch.dtype,
+    grad: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One network call, its contract checked: the prediction, and the second output if the model has one."""
-    given = x if row.input_scale == 1 else x * row.input_scale
+    """One network call, its contract checked: the prediction, and the second output if the model has one. `into` is memory for its input."""
     guided = () if row.at_level is None else (row.at_level, dtype)
-    given = given if guided or given.dtype == dtype else given.to(dtype)
+    wanted = x.dtype if guided else dtype
+    if row.input_scale == 1 and wanted == x.dtype:
+        given = x
+    else:
+        given = (x * row.input_scale).to(wanted) if into is None else torch.mul(x, row.input_scale, out=into)
     version = 0 if given.is_inference() else given._version
     try:
         m = model.net(given, row.label, *guided)
@@ -430,6 +447,24 @@ def _check_state(x: Tensor, grad: bool) -> None:
     if x.device.type == "cpu" and not is_finite(x):
         where = [int(i) for i in (~x.isfinite()).nonzero()[0]]
         raise ValueError(f"x{where} = {x[tuple(where)]:g}: every entry of the starting state must be finite")
+
+
+def _check_speed(plan: Plan, grad: bool, fused: bool | None, history: torch.dtype | None) -> None:
+    """What only rows of numbers, executed in place, can have."""
+    if not (fused is None or isinstance(fused, bool)):
+        raise TypeError(f"fused = {fused!r:.100}: expected True, False or None")
+    if not (history is None or (isinstance(history, torch.dtype) and history.is_floating_point)):
+        raise TypeError(f"history = {history!r:.100}: expected a floating-point dtype, e.g. torch.bfloat16")
+    formula = (
+        "grad=True"
+        if grad
+        else "coefficients per element"
+        if plan.element_shape or plan.shift.numel()
+        else ""
+    )
+    if formula and (fused or history):
+        name, value = ("fused", fused) if fused else ("history", history)
+        raise ValueError(f"{name} = {value} with {formula}, whose rows are formulas of torch: leave it out")
 
 
 def source_of(plan: Plan, noise: Noise | None, batch: int) -> Source | None:
