@@ -14,8 +14,8 @@ def inner(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
     return (u * v).sum([*range(1 - x.ndim, 0)]) if x.ndim > 1 else u * v
 
 
-def laid_like(x: Tensor, t: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """t, or a copy of it that lies in memory as x does, whose strides are given, in that dtype."""
-    if t.stride() == strides and t.dtype == dtype:
+def laid_like(x: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t, or a copy of it that lies in memory as x does, element by element, in that dtype."""
+    if t.stride() == x.stride() and t.dtype == dtype:
         return t
     return torch.empty_like(x, dtype=dtype).copy_(t)

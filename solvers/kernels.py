@@ -50,16 +50,17 @@ class Kernel(Protocol):
     ) -> bool:
         """out <- w[0] x + w[1] m + sum_k w[4 + k] terms[k];  kept <- w[2] x + w[3] m, if there is one; with w = table[row].
 
-        out may be x, and kept one of the terms. Returns whether m is finite, or sets flags [B] to infinity where a sample of m is not.
+        out may be x, and kept one of the terms; all but m lie in memory as x does. Returns whether m is finite, or sets flags [B] to infinity where a sample of m is not.
         """
 
 
-def kernel_for(x: Tensor, fused: bool | None) -> Kernel | None:
+def kernel_for(x: Tensor, fused: bool | None, history: torch.dtype | None = None) -> Kernel | None:
     """The kernel for a dense state like x, float32 or float64; None for torch's own scaled additions.
 
     Args:
         x: the state, [B, ...].
         fused: True for a kernel, False for none; None for one on a CPU where a C compiler is found.
+        history: the dtype of kept outputs, if not the state's: there is no kernel for that on a CPU.
 
     Raises:
         RuntimeError: fused is True, but there is no compiler, no Triton, or another device.
@@ -67,7 +68,7 @@ def kernel_for(x: Tensor, fused: bool | None) -> Kernel | None:
     if fused is False or type(x) is not Tensor:
         return None
     if x.device.type == "cpu":
-        function = _compiled(x.dtype)
+        function = "rows.c keeps outputs in the state's dtype" if history else _compiled(x.dtype)
         if not isinstance(function, str):
             return InC(function, x)
         if fused:
@@ -91,7 +92,8 @@ class InC:
     marks = False
 
     def __init__(self, function: Any, x: Tensor):
-        self.function, self.strides, self.size = function, x.stride(), x.numel()
+        self.function, self.size, self.itemsize = function, x.numel(), x.itemsize
+        self.addresses = (ctypes.c_void_p * 8)()  # of the terms
         shares = max(min(torch.get_num_threads(), self.size // SHARE), 1)
         self.spans = list(pairwise(self.size * k // shares for k in range(shares + 1)))
         self.pool = ThreadPoolExecutor(shares - 1) if shares > 1 else None
@@ -108,17 +110,19 @@ class InC:
         flags: Tensor | None,
     ) -> bool:
         """See `Kernel`."""
-        m = laid_like(x, m, self.strides, x.dtype)
-        terms = [laid_like(x, t, self.strides, x.dtype) for t in terms]
-        addresses = (ctypes.c_void_p * len(terms))(*[t.data_ptr() for t in terms])
+        m = laid_like(x, m, x.dtype)
+        if len(terms) > len(self.addresses):
+            self.addresses = (ctypes.c_void_p * len(terms))()
+        for k, term in enumerate(terms):
+            self.addresses[k] = term.data_ptr()
         given: Any = (
             x.data_ptr(),
             m.data_ptr(),
             out.data_ptr(),
             None if kept is None else kept.data_ptr(),
             len(terms),
-            addresses,
-            table.data_ptr() + row * table.stride(0) * table.itemsize,
+            self.addresses,
+            table.data_ptr() + row * table.stride(0) * self.itemsize,
         )
         if self.pool is None:
             return not self.function(0, self.size, *given)

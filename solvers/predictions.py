@@ -148,16 +148,14 @@ def mixture(
     Source: "edm" is eq. 7 of Karras et al. 2022 (arXiv 2206.00364) solved for F, with x = alpha y; "velocity" is
     appendix D of Salimans & Ho 2022 (arXiv 2202.00512).
     """
-    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if predicts == "velocity":
+        return -sigma / scale, scale * alpha
     if predicts == "edm":
         norm = torch.sqrt(sigma**2 + (sigma_data * alpha) ** 2)
         return sigma / (sigma_data * norm), -sigma_data * alpha / norm
-    return {
-        "noise": (zero, one),
-        "data": (one, zero),
-        "velocity": (-sigma / scale, scale * alpha),
-        "score": (zero, -1 / sigma),
-    }[predicts]
+    if predicts == "data":
+        return torch.ones_like(alpha), torch.zeros_like(alpha)
+    return torch.zeros_like(alpha), torch.ones_like(alpha) if predicts == "noise" else -1 / sigma
 
 
 def conversion(

@@ -88,26 +88,23 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
     for call, row in enumerate(last):
         if row > call:
             done[row].append(call)
-    packed = None if formula or like is None else _packed(own, past, draws, like)
-    return [
-        Row(
-            label=labels[i],
-            input_scale=scales[i],
-            x_weight=own[i][0],
-            output_weight=own[i][1],
-            past=past[i],
-            draws=draws[i],
-            keep=(own[i][2], own[i][3]) if last[i] > i else None,
-            done=done[i],
-            shift=shift[i],
-            as_formula=formula,
-            is_called=called[i],
-            variance=variances[i],
-            at_level=at_levels[i],
-            packed=packed,
-        )
-        for i in range(plan.rows)
-    ]
+    columns = {
+        "label": labels,
+        "input_scale": scales,
+        "x_weight": [row[0] for row in own],
+        "output_weight": [row[1] for row in own],
+        "past": past,
+        "draws": draws,
+        "keep": [(row[2], row[3]) if last[i] > i else None for i, row in enumerate(own)],
+        "done": done,
+        "shift": shift,
+        "as_formula": itertools.repeat(formula),
+        "is_called": called,
+        "variance": variances,
+        "at_level": at_levels,
+        "packed": itertools.repeat(None if formula or like is None else _packed(own, past, draws, like)),
+    }
+    return list(map(Row, *(columns[name] for name in Row._fields)))
 
 
 def _packed(own: list[list[float]], past: list, draws: list, like: Tensor) -> Tensor:
@@ -260,7 +257,7 @@ class Stepper:
         terms = [outputs[past] for past, _ in row.past]
         if row.draws:
             terms += [draws[draw] for draw, _ in row.draws]
-        spent = [outputs.pop(past) for past in row.done if past in outputs]
+        spent = [outputs.pop(past) for past in row.done if past in outputs] if row.done else []
         if self.kernel and self.reuse:
             self.free += spent  # read before they are written
         kept = self._memory(x) if row.keep else None

@@ -41,7 +41,7 @@ class InTriton:
     marks = True
 
     def __init__(self, x: Tensor):
-        self.strides, self.size = x.stride(), x.numel()
+        self.size = x.numel()
         self.per_sample = self.size // len(x)
         self.in_order = x.stride(0) == self.per_sample  # sample by sample in memory
 
@@ -59,7 +59,7 @@ class InTriton:
         """See `Kernel` of kernels.py."""
         if flags is not None and not self.in_order:
             flags = flags.copy_(torch.linalg.vector_norm(m.flatten(1), ord=math.inf, dim=1))
-        m, *terms = (laid_like(x, t, self.strides, t.dtype) for t in (m, *terms))
+        m = laid_like(x, m, m.dtype)
         one_pass[(triton.cdiv(self.size, BLOCK),)](
             table, row * table.stride(0), x, m, out, x if kept is None else kept, x if flags is None else flags, tuple(terms),
             self.size, self.per_sample,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from solvers.arguments import flag
+from solvers.elements import laid_like
 from solvers.grids import has_levels, usual
 from solvers.kernels import kernel_for
 from solvers.methods.unipc import recommended_for
@@ -247,7 +248,10 @@ def execute(
     last_draw = last_use(plan.c)
     late = check and _is_read_late(x)
     at_once = check and not late
-    kernel = None if grad else kernel_for(x, fused)
+    kernel = None if grad else kernel_for(x, fused, history)
+    if kernel:
+        outputs = {n: laid_like(x, m, history or x.dtype) for n, m in outputs.items()}
+        draws = {n: laid_like(x, z, x.dtype) for n, z in draws.items()}
     stepper = Stepper(kernel, callback is None, at_once, history)
     dtype = state.input_dtype or x.dtype
     given = None if grad else _memory_for_inputs(rows[state.call : stop], x, dtype)
@@ -257,7 +261,7 @@ def execute(
     for i in tqdm(range(state.call, stop), disable=not progress, initial=state.call, total=stop, unit=unit):
         row, m, deviation = rows[i], None, None
         if source is not None and (last_draw[i] >= i or row.variance):
-            draws[i] = drawn(source, i, x)
+            draws[i] = laid_like(x, drawn(source, i, x), x.dtype)
         if row.is_called:
             m, second = called(plan, model, row, x, i, dtype, grad, given)
             if late:
