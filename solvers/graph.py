@@ -11,7 +11,7 @@ from solvers.noise import Noise, drawn
 from solvers.plan import Plan, last_use
 from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
-from solvers.run import State, execute, run, source_of, started, warn_of_training
+from solvers.run import State, check_speed, check_state, execute, run, source_of, started, warn_of_training
 
 WARM_UPS = (
     3  # runs before the capture, in which libraries choose their algorithms and allocate what they keep
@@ -64,12 +64,15 @@ class Sampler:
             ValueError: another shape, dtype or device; a stochastic plan has no noise.
             NonFiniteError: an output was not finite, if `check`.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is {type(x).__name__}: expected a torch.Tensor")
         for name in ("shape", "dtype", "device"):
             came, wanted = getattr(x, name), getattr(self.x, name)
             if came != wanted:
                 raise ValueError(
                     f"x has {name} {came}: expected {wanted}, for which the sampler was made; make another for this one"
                 )
+        check_state(x, grad=False)
         if not self.captured:
             return run(self.plan, self.model, x, noise, fused=self.fused, check=self.check)
         source = source_of(self.plan, noise, len(x))
@@ -89,8 +92,9 @@ class Sampler:
     def _loop(self, check: bool = False) -> Tensor:
         """The plan from the start and the noise that are held."""
         state = State(started(self.x).x, input_dtype=self.x.dtype)
+        rows = [row._replace(label=row.label.clone()) for row in self._rows]  # which the network may edit
         return execute(
-            self.plan, self.model, state, lambda draw, like: self._draws[draw], self._rows, self.plan.rows,
+            self.plan, self.model, state, lambda draw, like: self._draws[draw], rows, self.plan.rows,
             check=check, fused=self.fused,
         )  # fmt: skip
 
@@ -148,8 +152,13 @@ def compiled_sampler(
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if len(shape) == 0 or min(shape) < 1:
+    if not isinstance(shape, Sequence) or not all(type(size) is int for size in shape):
+        raise TypeError(f"shape = {shape!r:.100}: expected the sizes of x, [B, ...], e.g. (4, 3, 64, 64)")
+    if not shape or min(shape) < 1:
         raise ValueError(f"shape = {list(shape)}: expected [B, ...] of positive sizes")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype = {dtype!r:.100}: expected that of x, a floating-point dtype")
+    check_speed(plan, False, fused, None)
     with torch.inference_mode(False):
         x = torch.zeros(*shape, dtype=dtype, device=device)
         return Sampler(plan, model, x, fused, flag("check", check))

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -11,6 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +27,7 @@ TUNED = (
     ("-march=native",),
     (),
 )  # the first that the compiler knows
+COMPILING = Lock()
 SHARE = 2**20  # elements that keep a thread busy for many times what it takes to start one
 
 
@@ -54,23 +57,29 @@ class Kernel(Protocol):
         """
 
 
-def kernel_for(x: Tensor, fused: bool | None, history: torch.dtype | None = None) -> Kernel | None:
+def kernel_for(
+    x: Tensor, fused: bool | None, history: torch.dtype | None = None, check: bool = True
+) -> Kernel | None:
     """The kernel for a dense state like x, float32 or float64; None for torch's own scaled additions.
 
     Args:
         x: the state, [B, ...].
         fused: True for a kernel, False for none; None for one on a CPU where a C compiler is found.
+        check: whether x is to be what it was where m is not finite, if anybody is told so.
         history: the dtype of kept outputs, if not the state's: there is no kernel for that on a CPU.
 
     Raises:
         RuntimeError: fused is True, but there is no compiler, no Triton, or another device.
     """
-    if fused is False or type(x) is not Tensor:
+    if fused is False or (type(x) is not Tensor and not fused):
         return None
+    if type(x) is not Tensor:
+        raise RuntimeError(f"fused = True with x a {type(x).__name__}: expected a plain tensor")
     if x.device.type == "cpu":
-        function = "rows.c keeps outputs in the state's dtype" if history else _compiled(x.dtype)
+        with COMPILING:
+            function = "rows.c keeps outputs in the state's dtype" if history else _compiled(x.dtype)
         if not isinstance(function, str):
-            return InC(function, x)
+            return InC(function, x, check)
         if fused:
             raise RuntimeError(f"fused = True, but {function}: leave it out for torch's own operations")
         return None
@@ -91,8 +100,8 @@ class InC:
 
     marks = False
 
-    def __init__(self, function: Any, x: Tensor):
-        self.function, self.size, self.itemsize = function, x.numel(), x.itemsize
+    def __init__(self, function: Any, x: Tensor, check: bool):
+        self.function, self.size, self.itemsize, self.check = function, x.numel(), x.itemsize, check
         self.addresses = (ctypes.c_void_p * 8)()  # of the terms
         shares = max(min(torch.get_num_threads(), self.size // SHARE), 1)
         self.spans = list(pairwise(self.size * k // shares for k in range(shares + 1)))
@@ -123,6 +132,7 @@ class InC:
             len(terms),
             self.addresses,
             table.data_ptr() + row * table.stride(0) * self.itemsize,
+            self.check,
         )
         if self.pool is None:
             return not self.function(0, self.size, *given)
@@ -134,26 +144,27 @@ class InC:
 @cache
 def _compiled(dtype: torch.dtype) -> Any:
     """The function of rows.c for a dtype, compiled once in a process, in 0.2 s; or, as text, why there is none."""
-    name = os.environ.get("CC", "cc")
-    compiler = shutil.which(name)
-    if compiler is None:
-        return f"no C compiler {name!r} is found"
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        return f"no C compiler {' '.join(compiler)!r} is found"
     real, most = REALS[dtype]
-    command = [compiler, *FLAGS, f"-DREAL={real}", f"-DMAX={most}", str(Path(__file__).with_name("rows.c"))]
-    with tempfile.TemporaryDirectory() as folder:
-        library = str(Path(folder, "rows.so"))
-        for tuned in TUNED:
-            made = subprocess.run(
-                [*command, *tuned, "-o", library], capture_output=True, text=True, check=False
-            )
-            if made.returncode == 0:
-                break
-        else:
-            return f"{compiler} does not compile rows.c: {made.stderr.strip()[:300]}"
-        try:
+    command = [*compiler, *FLAGS, f"-DREAL={real}", f"-DMAX={most}", str(Path(__file__).with_name("rows.c"))]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            library = str(Path(folder, "rows.so"))
+            for tuned in TUNED:
+                made = subprocess.run([*command, *tuned, "-o", library], capture_output=True, check=False)
+                if made.returncode == 0:
+                    break
+            else:
+                return f"{compiler[0]} does not compile rows.c: {made.stderr.decode(errors='replace').strip()[:300]}"
             function = ctypes.CDLL(library).row
-        except OSError as error:  # of a folder from which nothing may be executed
-            return f"rows.c is compiled, but not loaded: {error}"
+    except (
+        OSError,
+        AttributeError,
+    ) as error:  # no program, no folder, or one from which nothing may be executed
+        return f"rows.c is not compiled or not loaded: {error}"
     pointer = ctypes.c_void_p
-    function.argtypes = [ctypes.c_int64, ctypes.c_int64, *[pointer] * 4, ctypes.c_int, pointer, pointer]
+    size, number = ctypes.c_int64, ctypes.c_int
+    function.argtypes = [size, size, *[pointer] * 4, number, pointer, pointer, number]
     return function

@@ -243,7 +243,7 @@ class Stepper:
         call: int,
         flags: Tensor | None = None,
     ) -> Tensor | None:
-        """The state after the row; None if m is not finite.
+        """The state after the row; None if m is not finite, and then x is what it was where m is not.
 
         Args:
             row: the row.
@@ -264,7 +264,9 @@ class Stepper:
         wide = kept if kept is None or kept.dtype == x.dtype else torch.empty_like(x)
         new = x if self.reuse else torch.empty_like(x)
         if self.kernel and row.packed is not None:
-            finite = self.kernel(row.packed, call, x, x if m is None else m, terms, new, wide, flags)
+            finite = (
+                self.kernel(row.packed, call, x, x if m is None else m, terms, new, wide, flags) or m is None
+            )
         else:
             finite = _scaled_adds(_steps(row, x, m, terms, new, wide), m if self.check else None)
             if self.reuse:
@@ -310,10 +312,10 @@ def _scaled_adds(steps: list[ScaledAdd], m: Tensor | None) -> bool:
         cut = [(pieces(y), adds, pieces(u), weight) for y, adds, u, weight in steps]
         looked_at = () if m is None else pieces(m)
         for i in range(len(cut[0][0])):
-            for targets, adds, sources, weight in cut:
-                _scaled_add(targets[i], adds, sources[i], weight)
             if looked_at and not is_finite(looked_at[i]):
                 return False
+            for targets, adds, sources, weight in cut:
+                _scaled_add(targets[i], adds, sources[i], weight)
         return True
     if m is not None and not is_finite(m):
         return False

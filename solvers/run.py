@@ -115,7 +115,7 @@ def run(
     The state is float64 for float64 x, else float32, whatever the network's dtype; the network is called with x in the
     dtype in which it is passed here. x itself is never changed. In the loop nothing is decided and nothing is read back from an accelerator;
     whether its outputs were finite is read once, at the end. A row goes over memory once where a kernel does it (see `fused`), and the state,
-    the outputs that later rows read and the network's own are all the memory there is: `plan.window` + 2 states at most, and the noise.
+    the outputs that later rows read and the network's input and output are all the memory there is: `plan.window` + 2 states at most, and the noise.
 
     Args:
         plan: the table.
@@ -147,7 +147,7 @@ def run(
             f"plan is {type(plan).__name__}: expected a Plan, e.g. dpm_solver_pp(schedule, times)"
         )
     flag("check", check)
-    _check_speed(plan, grad, fused, history)
+    check_speed(plan, grad, fused, history)
     model = as_model(model)
     with torch.inference_mode(False):
         state = _resumed(plan, x) if isinstance(x, State) else started(x, grad)
@@ -157,7 +157,7 @@ def run(
             "the plan requires a gradient, but a run uses its numbers only: build it from times.detach()"
         )
     rows = rows_of(plan, model, state.x)
-    if len(state.x) == 0:
+    if state.x.numel() == 0:
         return state.x
     if not grad:
         warn_of_training(model)
@@ -248,8 +248,8 @@ def execute(
     last_draw = last_use(plan.c)
     late = check and _is_read_late(x)
     at_once = check and not late
-    kernel = None if grad else kernel_for(x, fused, history)
-    if kernel:
+    kernel = None if grad else kernel_for(x, fused, history, at_once)
+    if not grad:
         outputs = {n: laid_like(x, m, history or x.dtype) for n, m in outputs.items()}
         draws = {n: laid_like(x, z, x.dtype) for n, z in draws.items()}
     stepper = Stepper(kernel, callback is None, at_once, history)
@@ -269,7 +269,8 @@ def execute(
                 made.append(i)
             if row.variance and second is not None:
                 if late:
-                    norms[-1] = torch.maximum(norms[-1], _norm(second.detach()))
+                    norms.append(_norm(second.detach()))
+                    made.append(i)
                 elif at_once and not is_finite(second.detach()):
                     raise _non_finite(plan, i, _norm(second.detach()), state_was_finite=is_finite(x.detach()))
                 deviation = deviation_of(row.variance, model.variance, x, m, second)
@@ -281,9 +282,7 @@ def execute(
             new = stepper(row, x, m, outputs, draws, i, flags[i])
             if new is None:
                 assert m is not None
-                # the row may have been applied to part of x already: where m is finite, x still is what it was, finite or not
-                blameless = bool((x.isfinite() | ~m.isfinite()).all())
-                raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=blameless)
+                raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=is_finite(x))
             x = new
         if deviation is not None:
             x = x + deviation * draws[i] if grad else x.addcmul_(deviation, draws[i])
@@ -360,7 +359,7 @@ def called(
         given = (x * row.input_scale).to(wanted) if into is None else torch.mul(x, row.input_scale, out=into)
     version = 0 if given.is_inference() else given._version
     try:
-        m = model.net(given, row.label, *guided)
+        m = model.net(given, row.label.clone() if grad else row.label, *guided)
     except Exception as error:
         error.add_note(
             f"raised by the model in {_where(plan, call)}, half log-SNR = {plan.half_logsnr[call]:g}; it was called with x in "
@@ -408,14 +407,14 @@ def _where(plan: Plan, call: int) -> str:
 
 def started(x: Tensor, grad: bool = False) -> State:
     """The first state: a copy of x in float32 or float64, once x is known to be one."""
-    _check_state(x, grad)
+    check_state(x, grad)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return State(x.to(dtype, copy=True), input_dtype=x.dtype)
 
 
 def _resumed(plan: Plan, state: State) -> State:
     """A copy of a state that belongs to the plan."""
-    _check_state(state.x, grad=True)
+    check_state(state.x, grad=True)
     if state.x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"the state's x has dtype {state.x.dtype}: expected float32 or float64")
     if not 0 <= state.call <= plan.rows:
@@ -436,7 +435,8 @@ def _resumed(plan: Plan, state: State) -> State:
     return state.clone()
 
 
-def _check_state(x: Tensor, grad: bool) -> None:
+def check_state(x: Tensor, grad: bool) -> None:
+    """A dense, real, finite batch; finite as far as is known without waiting for a device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}: expected a torch.Tensor, e.g. torch.from_numpy(x)")
     if x.layout != torch.strided or x.is_quantized or x.is_nested or x.device.type == "meta":
@@ -453,7 +453,7 @@ def _check_state(x: Tensor, grad: bool) -> None:
         raise ValueError(f"x{where} = {x[tuple(where)]:g}: every entry of the starting state must be finite")
 
 
-def _check_speed(plan: Plan, grad: bool, fused: bool | None, history: torch.dtype | None) -> None:
+def check_speed(plan: Plan, grad: bool, fused: bool | None, history: torch.dtype | None) -> None:
     """What only rows of numbers, executed in place, can have."""
     if not (fused is None or isinstance(fused, bool)):
         raise TypeError(f"fused = {fused!r:.100}: expected True, False or None")
