@@ -170,7 +170,8 @@ class EndToEnd:
     bare: float  # of nfe calls of the network alone, or of their graph; median over rounds
     ratio: float  # of a run and the bare calls next to it; median over rounds
     syncs: int | None  # times a run made the host wait for the device; None where that is not counted
-    extra_states: float | None  # peak memory of a run above that before it and of the network's own, in states
+    loop_syncs: int | None  # of them between the first call and the last; None also in a graph
+    extra_states: float | None  # peak memory of a run beyond that of its network, in states
     rounds: int
     seed: int
     versions: dict[str, str] = field(default_factory=versions)

@@ -1,34 +1,62 @@
-"""What one call costs outside the network, against passes over memory and against diffusers. Writes records.
+"""What one call costs outside the network: every method, against passes over memory and against peers. Writes records.
 
 python benchmarks/step.py --out results/step.jsonl
+
+The ideal is a second-order row of data form, from a network that predicts noise, in place and in a single pass: it reads x,
+the output and the history once and writes x and the new history once, 5 units of traffic. No operation of torch does
+that; "torch.addcmul_" reads 3 and writes 1, and "ideal single pass" is 5/4 of its time.
+
+Peers are at an advantage: k-diffusion's samplers are given what they would have to make of a prediction of noise, and none
+checks what the network returns.
 """
 
 import argparse
-import copy
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
+from peers import PEERS, Torchdiffeq, found
 from records import Step, threads, write
 from torch import Tensor
 
 import solvers as sv
+from solvers.comparison import within
+from solvers.methods import BUILDS, METHODS, SDES
 
-# calls: enough for the set-up of a run to weigh little; rounds: enough for a quiet moment on a shared machine
-CASES = {(1, 4, 64, 64): (50, 100), (16, 4, 64, 64): (50, 40), (64, 3, 256, 256): (20, 8)}
-METHODS = {
-    "dpm_solver_pp 2": sv.dpm_solver_pp,
-    "ddim": sv.ddim,
-    "exponential_adams 3": partial(sv.exponential_adams, order=3),
-    "exponential_adams 4, noise": partial(sv.exponential_adams, order=4, predicts="noise"),
+BARE, ADD, ADDCMUL, IDEAL = "bare model", "one torch.add_", "torch.addcmul_", "ideal single pass"
+TRAFFIC = 5 / 4  # of the ideal and of addcmul_
+EAGER = ", fused=False"
+USUAL = "dpm_solver_pp_2m"  # the row that the ideal is of
+PEER_NAMES = [name for name, peer in PEERS.items() if not isinstance(peer, Torchdiffeq)]
+CHOSEN = (  # at larger sizes
+    "ddim", USUAL, "adams_velocity_3_ramp", "adams_noise_4", "unipc_3", "recommended", "heun", "dpm_solver_3", "ddpm",
+    "dpm_solver_pp_sde_2m", "sa_solver", USUAL + EAGER, "adams_noise_4" + EAGER, "unipc_3" + EAGER,
+    "k-diffusion dpmpp_2m", "k-diffusion dpmpp_2m_sde", "diffusers DPM++ 2",
+)  # fmt: skip
+ALL = (*BUILDS, *(name for name in CHOSEN if name.endswith(EAGER)), *PEER_NAMES)
+# shape: calls, for the set-up of a run to weigh little; rounds, for a quiet moment on a shared machine; and loops
+CASES = {
+    (1, 4, 64, 64): (50, 60, ALL),
+    (16, 4, 64, 64): (50, 30, CHOSEN),
+    (64, 3, 256, 256): (10, 6, CHOSEN),
 }
-BARE, ADD, IDEAL, DIFFUSERS = "bare model", "one torch.add_", "ideal single pass", "diffusers 2M"
+SLOW, FEWEST = (
+    8,
+    4,
+)  # a loop of more than SLOW times addcmul_'s takes part in as many fewer rounds, but in FEWEST
+# what is to be seen of the records: shape, loop, over which, at most
+TARGETS = (
+    ((1, 4, 64, 64), USUAL, "k-diffusion dpmpp_2m", 1 / 5),
+    ((1, 4, 64, 64), USUAL, "diffusers DPM++ 2", 1 / 15),
+    ((64, 3, 256, 256), USUAL, IDEAL, 1.3),
+)
 
 
 class Net:
@@ -44,8 +72,20 @@ class Net:
         return self.output
 
 
-def loops(shape: tuple[int, ...], calls: int, seed: int) -> tuple[Net, dict[str, Callable[[], object]]]:
-    """The network, and by name the loops that call it `calls` times; all on float32 of one shape."""
+@dataclass(frozen=True)
+class Loop:
+    """A run to be timed."""
+
+    run: Callable[[], object]
+    calls: int
+    per_step: int = 1  # calls that differ, as the stages of a step do
+
+
+def loops(shape: tuple[int, ...], calls: int, names: Iterable[str], seed: int) -> tuple[Net, dict[str, Loop]]:
+    """The network, and by name the loops that call it `calls` times, or as near as whole steps come; all on float32 of one shape.
+
+    Of the names those whose library is installed; before them the bare model, add_ and addcmul_.
+    """
     generator = torch.Generator().manual_seed(seed)
     x, m, other = (torch.randn(shape, generator=generator) for _ in range(3))
     net, t, state = Net(m), torch.zeros(shape[0]), x.clone()
@@ -54,88 +94,134 @@ def loops(shape: tuple[int, ...], calls: int, seed: int) -> tuple[Net, dict[str,
         for _ in range(calls):
             update(net(x, t))
 
-    found: dict[str, Callable[[], object]] = {
-        BARE: lambda: each_call(lambda m: None),
-        ADD: lambda: each_call(lambda m: state.add_(m)),
-        # reads x and two outputs, writes x: the traffic of a second-order data-form row, in one operation of torch
-        IDEAL: lambda: each_call(lambda m: state.addcmul_(m, other, value=1e-3)),
+    passes: dict[str, Callable[[Tensor], object]] = {
+        BARE: lambda m: None,
+        ADD: state.add_,
+        ADDCMUL: lambda m: state.addcmul_(m, other, value=1e-3),
     }
-    times = sv.logsnr(sv.VP(), calls)
-    for name, method in METHODS.items():
-        found[name] = partial(sv.run, method(sv.VP(), times), net, x)
-    if find_spec("diffusers"):
-        found[DIFFUSERS] = _diffusers(net, x, calls)
-    return net, found
+    made = {name: Loop(partial(each_call, update), calls) for name, update in passes.items()}
+    peers = found(name for name in names if name in PEERS)
+    for name in names:
+        if name in peers:
+            peer = peers[name]
+            per_step = peer.calls_per_step
+            grid = peer.grid(calls // per_step)
+            run = partial(peer.run, net, x, grid, generator if peer.noise else None)
+            made[name] = Loop(run, calls // per_step * per_step, per_step)
+        elif name not in PEERS:
+            made |= _ours(name, net, x, calls, generator)
+    return net, made
 
 
-def _diffusers(net: Net, x: Tensor, calls: int) -> Callable[[], Tensor]:
-    with warnings.catch_warnings(action="ignore"):  # set_timesteps falls foul of NumPy 2
-        from diffusers import DPMSolverMultistepScheduler
-
-        scheduler = DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++")
-        scheduler.set_timesteps(calls)
-
-    def loop() -> Tensor:
-        fresh = copy.copy(
-            scheduler
-        )  # before its first step: set_timesteps is outside the clock, as plans are
-        sample = x
-        for t in fresh.timesteps:
-            sample = fresh.step(net(sample, t), t, sample, return_dict=False)[0]
-        return sample
-
-    return loop
+def _ours(name: str, net: Net, x: Tensor, calls: int, generator: torch.Generator) -> dict[str, Loop]:
+    """`sv.run` as it decides by itself, or told not to fuse."""
+    method = name.removesuffix(EAGER)
+    options = {"fused": False} if name != method else {}
+    plan = within(method, sv.VP(), sv.logsnr, calls)
+    if plan is None:  # not one step within the calls
+        return {}
+    per_step = (METHODS | SDES)[method].calls_per_step if method in METHODS | SDES else 1
+    run = partial(sv.run, plan, net, x, generator if plan.is_stochastic else None, **options)
+    return {name: Loop(run, plan.nfe, per_step)}
 
 
 @torch.no_grad()
-def measure(shape: tuple[int, ...], calls: int, rounds: int, seed: int) -> list[Step]:
+def measure(shape: tuple[int, ...], calls: int, rounds: int, names: Iterable[str], seed: int) -> list[Step]:
     """All loops in turn, A B C A B C ..., so that they share the machine's moods; the first round only warms up.
 
     On a busy machine an operation on several threads waits whole scheduler ticks for the last of them: the least over
     rounds is what a quiet machine would show.
     """
-    net, found = loops(shape, calls, seed)
-    whole: dict[str, list[float]] = {name: [] for name in found}
-    between: dict[str, list[float]] = {name: [] for name in found}
+    net, made = loops(shape, calls, names, seed)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in made}  # (whole, between)
+    every: dict[str, int] = {}
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds + 1):
-            for name, loop in found.items():
-                net.asked.clear()
-                start = perf_counter()
-                loop()
-                whole[name].append((perf_counter() - start) / calls)
-                between[name].append(median(b - a for a, b in zip(net.asked, net.asked[1:], strict=False)))
+        with warnings.catch_warnings(action="ignore"):  # of peers: NumPy 2, and trees at their ends
+            for turn in range(rounds + 1):
+                for name, loop in made.items():
+                    if turn % every.get(name, 1) == 0:
+                        times[name].append(_time(loop, net))
+                if turn == 0:
+                    limit = SLOW * times[ADDCMUL][0][0]
+                    most = max(rounds // FEWEST, 1)
+                    every = {name: min(1 + int(of[0][0] / limit), most) for name, of in times.items()}
     finally:
         gc.enable()
-    cost = {name: (median(whole[name][1:]), min(whole[name][1:]), min(between[name][1:])) for name in found}
-    bare = cost.pop(BARE)
+    cost = {
+        name: (median(w for w, _ in of[1:]), min(w for w, _ in of[1:]), min(b for _, b in of[1:]))
+        for name, of in times.items()
+    }
+    bare = cost[BARE]
+    outside = {name: [c - b for c, b in zip(cost[name], bare, strict=True)] for name in made if name != BARE}
+    outside = {ADD: outside[ADD], IDEAL: [TRAFFIC * v for v in outside[ADDCMUL]]} | outside
     return [
-        Step(name, list(shape), calls, *(c - b for c, b in zip(cost[name], bare, strict=True)), rounds, seed)
-        for name in cost
+        Step(
+            name,
+            list(shape),
+            made[ADDCMUL if name == IDEAL else name].calls,
+            *seconds,
+            len(times[ADDCMUL if name == IDEAL else name]) - 1,
+            seed,
+        )
+        for name, seconds in outside.items()
     ]
 
 
-def table(records: list[Step]) -> str:
+def _time(loop: Loop, net: Net) -> tuple[float, float]:
+    """Seconds per call: of the whole run, and from one call to the next inside it, of several calls a step over whole steps."""
+    net.asked.clear()
+    start = perf_counter()
+    loop.run()
+    whole = (perf_counter() - start) / loop.calls
+    if len(net.asked) != loop.calls:
+        raise RuntimeError(f"{len(net.asked)} calls were made: expected {loop.calls}")
+    stride = min(loop.per_step, loop.calls - 1)
+    gaps = [(b - a) / stride for a, b in zip(net.asked, net.asked[stride:], strict=False)]
+    return whole, median(gaps)
+
+
+def table(records: Sequence[Step]) -> str:
     """Microseconds and ratios for one shape."""
     by_name = {record.method: record for record in records}
     add, ideal = by_name[ADD], by_name[IDEAL]
-    lines = [f"{records[0].shape}, {records[0].nfe} calls a run, microseconds per call"]
-    lines += [f"{'':28}{'median':>10}{'best':>10}{'between':>10}{'- add':>10}{'/ ideal':>10}"]
+    lines = [f"{records[0].shape}, {by_name[ADD].nfe} calls a run, microseconds per call"]
+    lines += [f"{'':34}{'median':>10}{'best':>10}{'between':>10}{'- add':>10}{'/ ideal':>10}"]
     for r in records:
         micro = [1e6 * value for value in (r.seconds, r.best, r.between, r.between - add.between)]
         lines += [
-            f"{r.method:28}" + "".join(f"{v:10.1f}" for v in micro) + f"{r.between / ideal.between:10.2f}"
+            f"{r.method:34}" + "".join(f"{v:10.1f}" for v in micro) + f"{r.between / ideal.between:10.2f}"
         ]
     return "\n".join(lines)
 
 
-def _records(cases: dict[tuple[int, ...], tuple[int, int]], seed: int) -> Iterator[Step]:
-    for shape, (calls, rounds) in cases.items():
-        records = measure(shape, calls, rounds, seed)
+def ratios(records: Iterable[Step]) -> list[dict[str, Any]]:
+    """The targets that the records have both loops of: the ratio between calls, and that of whole runs, each the least over rounds."""
+    at = {(tuple(r.shape), r.method): r for r in records}
+    return [
+        {
+            "shape": shape,
+            "method": method,
+            "over": over,
+            "between": at[shape, method].between / at[shape, over].between,
+            "whole": at[shape, method].best / at[shape, over].best,
+            "at most": most,
+        }
+        for shape, method, over, most in TARGETS
+        if {(shape, method), (shape, over)} <= at.keys()
+    ]
+
+
+def _records(cases: dict[tuple[int, ...], tuple[int, int, Sequence[str]]], seed: int) -> Iterator[Step]:
+    every: list[Step] = []
+    for shape, (calls, rounds, names) in cases.items():
+        records = measure(shape, calls, rounds, names, seed)
         print(table(records) + "\n")
+        every += records
         yield from records
+    for row in ratios(every):
+        print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,16 +233,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--shape", action="append", help="e.g. 1x4x64x64; may be repeated; default: three sizes"
     )
-    parser.add_argument("--calls", type=int, help="calls in a run; default: 50, or 20 for the largest")
-    parser.add_argument("--rounds", type=int, help="runs of each; default: 100, 40, 12")
+    parser.add_argument("--calls", type=int, help="calls in a run; default: 50, or 10 for the largest")
+    parser.add_argument("--rounds", type=int, help="runs of each; default: 60, 30, 6")
+    parser.add_argument(
+        "--loops",
+        nargs="+",
+        choices=ALL,
+        metavar="loop",
+        help="default: all at the first size, some at others",
+    )
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice"
     )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     shapes = [tuple(map(int, text.split("x"))) for text in given.shape] if given.shape else list(CASES)
-    defaults = {shape: CASES.get(shape, (50, 100)) for shape in shapes}
-    cases = {s: (given.calls or calls, given.rounds or rounds) for s, (calls, rounds) in defaults.items()}
+    defaults = {shape: CASES.get(shape, (50, 60, ALL)) for shape in shapes}
+    cases = {
+        shape: (given.calls or calls, given.rounds or rounds, given.loops or names)
+        for shape, (calls, rounds, names) in defaults.items()
+    }
     with threads(given.threads):
         write(given.out, _records(cases, given.seed))
 

@@ -18,8 +18,8 @@ from time import perf_counter
 from types import ModuleType
 
 import torch
-from report import insert
 from records import KINDS, arguments, read, threads, versions, write
+from report import insert
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 from tqdm import tqdm
