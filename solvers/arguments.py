@@ -55,6 +55,14 @@ def numbers(name: str, values: "Tensor | ArrayLike") -> Tensor:
     return values.to("cpu", torch.float64, copy=True)
 
 
+def within(values: Tensor, least: float, most: float) -> bool:
+    """Whether all of some values lie between two numbers, which NaN does not."""
+    if not values.numel():
+        return True
+    low, high = (end.item() for end in values.aminmax())
+    return least <= low <= high <= most
+
+
 def positive(**values: float) -> None:
     """Finite numbers above 0."""
     for name, value in values.items():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from solvers.arguments import flag
 from solvers.noise import Noise, drawn
-from solvers.plan import Plan, last_use
+from solvers.plan import Plan
 from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
 from solvers.run import State, check_speed, check_state, execute, run, source_of, started, warn_of_training
@@ -37,7 +37,7 @@ class Sampler:
         warn_of_training(self.model)
         state = started(x)
         self._rows = rows_of(plan, self.model, state.x)
-        last = last_use(plan.c)
+        last = plan.pattern.last_draw
         self._draws = {
             i: torch.zeros_like(state.x)
             for i, row in enumerate(self._rows)

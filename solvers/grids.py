@@ -14,7 +14,7 @@ from torch import Tensor
 
 from solvers.arguments import number, numbers, positive, whole
 from solvers.discrete import Discrete
-from solvers.schedules import Inversion, Schedule
+from solvers.schedules import BothWays, Inversion, Schedule
 
 if TYPE_CHECKING:
     import numpy
@@ -244,6 +244,11 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
         ValueError: fewer than two, not finite, not strictly decreasing (increasing on an `Inversion`), outside the schedule, or
             half log-SNR not strictly changing the other way.
     """
+    return on_grid(schedule, times)[0]
+
+
+def on_grid(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray") -> tuple[Tensor, Tensor]:
+    """The times as `given` returns them, and the half log-SNR at each."""
     times = numbers("times", times)
     if times.ndim != 1 or times.numel() < 2:
         raise ValueError(
@@ -253,7 +258,8 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
         i = int((~times.isfinite()).nonzero()[0])
         raise ValueError(f"times[{i}] = {times[i]:g}: every time must be finite")
     rises = _rises(schedule)
-    steps = -times.diff() if rises else times.diff()
+    sign = -times.diff().sign() if isinstance(schedule, BothWays) else -1 if rises else 1
+    steps = sign * times.diff()
     if not (steps < 0).all():
         if (steps > 0).all():
             way, other = (
@@ -270,20 +276,20 @@ def given(schedule: Schedule, times: "Tensor | Sequence[float] | numpy.ndarray")
             f"times must strictly {'increase' if rises else 'decrease'}: times[{i}] = {times[i]:g} is followed by {times[i + 1]:g}"
         )
     lam = schedule.half_logsnr(times)
-    if lam.isnan().any():
-        i = int(lam.isnan().nonzero()[0])
-        raise ValueError(
-            f"times[{i}] = {times[i]:g} is outside the schedule: its half log-SNR is not a number"
-        )
     resolution = ULPS * torch.finfo(torch.float64).eps * lam.abs().nan_to_num(posinf=0.0).clamp(min=1.0)
-    close = ~((-lam.diff() if rises else lam.diff()) > torch.maximum(resolution[:-1], resolution[1:]))
-    if close.any():
-        i = int(close.nonzero()[0])
+    apart = sign * lam.diff() > torch.maximum(resolution[:-1], resolution[1:])
+    if not apart.all():
+        if lam.isnan().any():
+            i = int(lam.isnan().nonzero()[0])
+            raise ValueError(
+                f"times[{i}] = {times[i]:g} is outside the schedule: its half log-SNR is not a number"
+            )
+        i = int((~apart).nonzero()[0])
         raise ValueError(
             f"half log-SNR must {'decrease' if rises else 'increase'} by more than rounding at every step: times[{i}] = {times[i]:.17g} and times[{i + 1}] = "
             f"{times[i + 1]:.17g} have {lam[i]:.17g} and {lam[i + 1]:.17g}"
         )
-    return times
+    return times, lam
 
 
 def _discrete(schedule: Discrete) -> Discrete:

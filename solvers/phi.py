@@ -23,17 +23,21 @@ def phi(k: int, z: Tensor) -> Tensor:
     Returns:
         The values, the shape of z, float64.
     """
-    if k == 0:
-        return torch.exp(z)
-    small = z.abs() < min(k + 1, 4)
-    inside, outside = torch.where(small, z, 0.0), torch.where(small, 1.0, z)
-    series = torch.full_like(z, 1 / math.factorial(k + TAYLOR_TERMS))
-    for n in reversed(range(TAYLOR_TERMS)):
-        series = series * inside + 1 / math.factorial(n + k)
-    recursion = torch.expm1(outside) / outside
-    for n in range(1, k):
-        recursion = (recursion - 1 / math.factorial(n)) / outside
-    return torch.where(small, series, recursion)
+    return phis(k, z)[..., -1] if k else torch.exp(z)
+
+
+def phis(most: int, z: Tensor) -> Tensor:
+    """phi_1(z), ..., phi_most(z), each as `phi` has it: [*shape of z, most], float64."""
+    n = torch.arange(1, most + TAYLOR_TERMS, dtype=torch.float64, device="cpu")
+    inverse = 1 / n.cumprod(0)  # 1/1!, 1/2!, ...
+    size, limits = z.abs(), (n[:most] + 1).clamp(max=4)
+    inside, outside = z.clamp(-4, 4), torch.where(size < 2, 1.0, z)
+    powers = inside[..., None, None].expand(*z.shape, 1, TAYLOR_TERMS - 1).cumprod(-1)
+    series = inverse[:most] + (powers * inverse.unfold(0, TAYLOR_TERMS, 1)[:, 1:]).sum(-1)
+    recursion = [torch.expm1(outside) / outside]
+    for k in range(1, most):
+        recursion.append((recursion[-1] - 1 / math.factorial(k)) / outside)
+    return torch.where(size[..., None] < limits, series, torch.stack(recursion, -1))
 
 
 def moment(k: int, h: Tensor, rate: float | Tensor) -> Tensor:

@@ -2,16 +2,18 @@
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from solvers.arguments import choice, number
+from solvers.arguments import choice, number, within
 from solvers.files import MAX_BYTES, MAX_COLUMNS, MAX_ROWS, text_of, values_of, write_whole
 from solvers.predictions import mixture
 
@@ -91,15 +93,20 @@ class Plan:
         """The number of rows."""
         return len(self.a)
 
+    @cached_property
+    def pattern(self) -> "Pattern":
+        """Which outputs and draws the rows read."""
+        return Pattern.of(self.b, self.c)
+
     @property
     def is_called(self) -> Tensor:
         """Whether the model is called in each row, as some row reads its output, [N]."""
-        return torch.tensor([last >= call for call, last in enumerate(last_use(self.b))], device="cpu")
+        return torch.tensor(self.pattern.called, device="cpu")
 
     @property
     def nfe(self) -> int:
         """The number of model calls."""
-        return int(self.is_called.sum())
+        return sum(self.pattern.called)
 
     @property
     def window(self) -> int:
@@ -109,7 +116,7 @@ class Plan:
     @property
     def is_stochastic(self) -> bool:
         """Whether a run draws noise."""
-        return bool((self.c != 0).any() or (self.variances != 0).any())
+        return any(self.pattern.draws) or bool((self.variances != 0).any())
 
     @property
     def element_shape(self) -> tuple[int, ...]:
@@ -158,8 +165,7 @@ class Plan:
         if last <= first:
             raise ValueError(f"plan[{first}:{last}] has no rows: expected 0 <= first < last <= {self.rows}")
         for name, array in (("call", self.b), ("draw", self.c)):
-            row, column = _positions(last - first, array.shape[1])
-            early = nonzero(array[first:last]) & (column > row)
+            early = nonzero(array[first:last]).triu(1)
             if early.any():
                 i, j = (int(v) for v in early.nonzero()[0])
                 raise ValueError(
@@ -338,11 +344,10 @@ class Plan:
 
     def _check_values(self) -> None:
         for name, array in zip(_ARRAYS, self._arrays(), strict=True):
-            infinite = ~array.isfinite() & (
-                array != math.inf if name == "variances" else True
-            )  # no cap is a cap
-            bad = infinite | (array < 0 if name in ("alpha", "sigma", "variances") else False)
-            if bad.any():
+            least = 0.0 if name in ("alpha", "sigma", "variances") else -sys.float_info.max
+            most = math.inf if name == "variances" else sys.float_info.max  # no cap is a cap
+            if not within(array, least, most):
+                bad = ~((array >= least) & (array <= most))
                 where = [int(i) for i in bad.nonzero()[0]]
                 value = array[tuple(where)].item()
                 raise ValueError(
@@ -356,8 +361,7 @@ class Plan:
             )
 
     def _check_reach(self, name: str, array: Tensor) -> None:
-        row, column = _positions(*array.shape[:2])
-        early = nonzero(array) & (column > row)
+        early = nonzero(array).triu(1)
         if early.any():
             i, j = (int(v) for v in early.nonzero()[0])
             raise ValueError(f"{name}[{i}, {j}] reads {j} rows back, before the first row")
@@ -370,32 +374,30 @@ class Plan:
         """
         if not self.consistent or self.predicts == "mixture" or self.shift.numel() or self.element_shape:
             return
-        p, q = mixture(self.predicts, self.alpha, self.sigma, scale=self.scale)
-        name, shown, expected, gap = self._defect(("alpha", self.alpha, p), ("sigma", self.sigma, q))
+        alpha, sigma = self.alpha, self.sigma
+        levels, weights = [alpha, sigma], [*mixture(self.predicts, alpha, sigma, scale=self.scale)]
         if self.predicts == "velocity":
-            norm = torch.hypot(self.scale * self.alpha, self.sigma)
-            angle = torch.atan2(self.sigma, self.scale * self.alpha)
-            gap &= self._defect(("n", norm, 0 * norm), ("n theta", norm * angle, norm))[-1]
+            norm = torch.hypot(self.scale * alpha, sigma)
+            levels += [norm, norm * torch.atan2(sigma, self.scale * alpha)]
+            weights += [0 * norm, norm]
+        level, weight = torch.stack(levels), torch.stack(weights)  # [parts, N+1]
+        row, column = _positions(self.rows, self.window)
+        reads = weight[:, (row - column).clamp(min=0)]
+        terms = torch.cat([(self.a * level[:, :-1])[..., None], self.b * reads], 2)
+        values, expected = terms.sum(2), level[:, 1:]
+        off = (values - expected).abs() > CONSISTENCY * torch.maximum(terms.abs().amax(2), expected.abs())
+        if not off.any():
+            return
+        off[1::2] &= ~((self.c != 0).any(1) | (self.variances != 0).any(-1))  # noise takes the place of sigma
+        gap = off.unflatten(0, (-1, 2)).any(1).all(0)
         if gap.any():
             i = int(gap.nonzero()[0])
+            part = int(off[:, i].nonzero()[0])
+            name = ("alpha", "sigma")[part]
             raise ValueError(
-                f"row {i} is not consistent: it carries {name[i]} to {shown[i]:.12g}, expected {name[i]}[{i + 1}] = "
-                f"{expected[i]:.12g}"
+                f"row {i} is not consistent: it carries {name} to {values[part, i]:.12g}, expected {name}[{i + 1}] = "
+                f"{expected[part, i]:.12g}"
             )
-
-    def _defect(self, *parts: tuple[str, Tensor, Tensor]) -> tuple[list[str], Tensor, Tensor, Tensor]:
-        """The first of a row's parts that is off, by (name, value, expected value), and whether one is, each [N]."""
-        row, column = _positions(self.rows, self.window)
-        call = (row - column).clamp(min=0)
-        terms = [torch.cat([(self.a * level[:-1])[:, None], self.b * w[call]], 1) for _, level, w in parts]
-        values, expected = torch.stack([v.sum(1) for v in terms]), torch.stack([v[1:] for _, v, _ in parts])
-        size = torch.maximum(torch.stack([v.abs().amax(1) for v in terms]), expected.abs())
-        gaps = (values - expected).abs() / size.clamp_min(torch.finfo(torch.float64).tiny)
-        off = gaps > CONSISTENCY
-        off[1] &= ~((self.c != 0).any(1) | (self.variances != 0).any(-1))  # noise takes the place of sigma
-        first = off.int().argmax(0)
-        pick = first, torch.arange(self.rows, device="cpu")
-        return [parts[i][0] for i in first.tolist()], values[pick], expected[pick], off.any(0)
 
 
 _SCALARS = ("predicts", "scale", "turns", "consistent")  # that are saved
@@ -409,6 +411,8 @@ def joined(plans: Sequence[Plan]) -> Plan:
     Raises:
         ValueError: the ends do not meet, or the forms differ.
     """
+    if len(plans) == 1:
+        return plans[0]
     for one, other in pairwise(plans):
         mine, theirs = (
             [float(v[i]) for v in (p.times, p.alpha, p.sigma)] for p, i in ((one, -1), (other, 0))
@@ -426,16 +430,39 @@ def joined(plans: Sequence[Plan]) -> Plan:
                 f"plans for elements {list(one.element_shape)} and {list(other.element_shape)}, or one with a shift or with variances "
                 "and one without, cannot be joined"
             )
-    levels: dict[str, Any] = {
-        name: torch.cat([getattr(plans[0], name), *(getattr(p, name)[1:] for p in plans[1:])])
-        for name in _LEVELS
-    }
     own: dict[str, Any] = {
-        name: torch.cat([getattr(p, name) for p in plans]) for name in ("a", "mix", "shift", "variances")
+        name: torch.cat([getattr(p, name) for p in plans]) for name in ("mix", "shift", "variances")
     }
-    b, c = (stacked(*(getattr(p, name) for p in plans)) for name in ("b", "c"))
-    turns, consistent = _turns(levels["times"]), all(p.consistent for p in plans)
-    return replace(plans[0], **levels, **own, b=b, c=c, turns=turns, consistent=consistent)
+    whole, consistent = chained(plans), all(p.consistent for p in plans)
+    return replace(plans[0], **whole._asdict(), **own, turns=_turns(whole.times), consistent=consistent)
+
+
+class Piece(NamedTuple):
+    """Rows that are a part of a plan, with the plan's fields, not yet checked."""
+
+    times: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    a: Tensor
+    b: Tensor
+    c: Tensor
+
+    def plan(self, predicts: str, scale: float = 1.0) -> Plan:
+        """The rows as a plan, checked."""
+        return Plan(*self, predicts, scale, turns=_turns(self.times))
+
+
+def chained(pieces: Sequence[Piece | Plan]) -> Piece:
+    """Pieces one after the other, each starting where the one before ends; a row may read calls of the pieces before its own."""
+    times, alpha, sigma = (
+        torch.cat([getattr(pieces[0], name), *(getattr(p, name)[1:] for p in pieces[1:])]) for name in _LEVELS
+    )
+    a, b, c = (
+        torch.cat([p.a for p in pieces]),
+        stacked(*(p.b for p in pieces)),
+        stacked(*(p.c for p in pieces)),
+    )
+    return Piece(times, alpha, sigma, a, b, c)
 
 
 def fold(x_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -466,7 +493,12 @@ def stacked(*tables: Tensor) -> Tensor:
     """The columns of runs of rows, [N1, K1] over [N2, K2] over ..., padded with zeros to the width of the widest."""
     width = max(table.shape[1] for table in tables)
     return torch.cat(
-        [torch.cat([v, v.new_zeros(len(v), width - v.shape[1], *v.shape[2:])], 1) for v in tables]
+        [
+            v
+            if v.shape[1] == width
+            else torch.cat([v, v.new_zeros(len(v), width - v.shape[1], *v.shape[2:])], 1)
+            for v in tables
+        ]
     )
 
 
@@ -475,19 +507,70 @@ def nonzero(table: Tensor) -> Tensor:
     return (table != 0).flatten(2).any(2) if table.ndim > 2 else table != 0
 
 
-def last_use(weights: Tensor) -> list[int]:
+class Pattern(NamedTuple):
+    """Which outputs and draws the rows of a plan read: all that a run needs to know of it but numbers.
+
+    Attributes:
+        called: by row, whether the model is called, as some row reads its output.
+        past: by row, the earlier calls whose outputs it reads.
+        draws: by row, the draws that it reads.
+        last: by call, the last row that reads its output; -1 for none.
+        last_draw: the same by draw.
+        done: by row, the earlier calls whose outputs no later row reads.
+        columns: [N, T]; by row, where the weights of its past outputs and then of its draws stand among the columns of b and c side by side, and behind
+            them all for none.
+    """
+
+    called: list[bool]
+    past: list[list[int]]
+    draws: list[list[int]]
+    last: list[int]
+    last_draw: list[int]
+    done: list[list[int]]
+    columns: Tensor
+
+    @staticmethod
+    def of(b: Tensor, c: Tensor) -> "Pattern":
+        """That of the weights of outputs and draws."""
+        rows, window = b.shape[:2]
+        outputs, draws = ([_read(row, i) for i, row in enumerate(nonzero(v).tolist())] for v in (b, c))
+        last, last_draw = _last(outputs), _last(draws)
+        past = [[call for call in calls if call < i] for i, calls in enumerate(outputs)]
+        done: list[list[int]] = [[] for _ in range(rows)]
+        for call, row in enumerate(last):
+            if row > call:
+                done[row].append(call)
+        columns = [
+            [i - call for call in calls] + [window + i - draw for draw in drawn]
+            for i, (calls, drawn) in enumerate(zip(past, draws, strict=True))
+        ]
+        longest, none = max(map(len, columns)), window + c.shape[1]
+        filled = [row + [none] * (longest - len(row)) for row in columns]
+        called = [row >= call for call, row in enumerate(last)]
+        return Pattern(
+            called, past, draws, last, last_draw, done, torch.tensor(filled, dtype=torch.long, device="cpu")
+        )
+
+
+def _read(row: list[bool], i: int) -> list[int]:
+    """The numbers of what row i reads, the newest first."""
+    return [i - j for j, is_read in enumerate(row) if is_read]
+
+
+def _last(read: list[list[int]]) -> list[int]:
     """For each call (or draw) the last row that reads it; -1 for none."""
-    rows = len(weights)
-    last = [-1] * rows
-    for row, column in nonzero(weights).nonzero().tolist():
-        last[row - column] = max(last[row - column], row)
+    last = [-1] * len(read)
+    for row, numbers in enumerate(read):
+        for number_of in numbers:
+            last[number_of] = row
     return last
 
 
 def _turns(times: Tensor) -> int:
     """How many steps go against the way from the first time to the last."""
-    steps = times.diff()
-    return int((steps > 0).sum() if times[-1] <= times[0] else (steps < 0).sum())
+    values = times.tolist()
+    way = 1 if values[-1] <= values[0] else -1
+    return sum(way * t > way * s for s, t in pairwise(values))
 
 
 def _positions(rows: int, columns: int) -> tuple[Tensor, Tensor]:

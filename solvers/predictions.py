@@ -178,12 +178,13 @@ def conversion(
     """
     (p, q), (p_want, q_want) = have, want
     cross = p_want * q - q_want * p
-    parallel = cross == 0
     determinant = alpha * q - sigma * p
-    larger = p.abs() > q.abs()
-    multiple = torch.where(larger, p_want, q_want) / torch.where(larger, p, q)
-    from_x = torch.where(parallel, 0.0, cross / determinant)
-    from_m = torch.where(parallel, multiple, (alpha * q_want - sigma * p_want) / determinant)
+    from_x, from_m = cross / determinant, (alpha * q_want - sigma * p_want) / determinant
+    parallel = cross == 0
+    if parallel.any():
+        larger = p.abs() > q.abs()
+        multiple = torch.where(larger, p_want, q_want) / torch.where(larger, p, q)
+        from_x, from_m = torch.where(parallel, 0.0, from_x), torch.where(parallel, multiple, from_m)
     return from_x, from_m
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from solvers.kernels import Kernel
-from solvers.plan import Plan, last_use, nonzero
+from solvers.plan import Plan
 from solvers.predictions import Model, conversion, picked
 
 # (y, adds, u, weight): y <- weight u, or y + weight u if it adds
@@ -66,70 +66,63 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
     def weights(table: Tensor) -> list:
         return list(table if like is None else table.to(like)) if formula else table.tolist()
 
-    last = last_use(plan.b)
-    called = [use >= i for i, use in enumerate(last)]
+    pattern = plan.pattern
+    called, last = pattern.called, pattern.last
     alpha, sigma = (v[:-1].reshape(-1, *[1] * len(plan.element_shape)) for v in (plan.alpha, plan.sigma))
     p, q = (v.reshape(alpha.shape) for v in model.mixture(plan.times[:-1], plan.alpha[:-1], plan.sigma[:-1]))
     from_x, from_m = conversion((p, q), plan.mixture(), alpha, sigma)
     if not all(called):  # there nothing is converted
         here = torch.tensor(called, device="cpu").reshape(alpha.shape)
         from_x, from_m = torch.where(here, from_x, 0.0), torch.where(here, from_m, 1.0)
-    _refuse_undetermined(plan, model, ~(from_x.isfinite() & from_m.isfinite()))
+    if not (is_finite(from_x) and is_finite(from_m)):
+        _refuse_undetermined(plan, model, ~(from_x.isfinite() & from_m.isfinite()))
     labels, at_levels = _labels(plan, model, called, like), _at_levels(plan, model, called)
     scales = model.input_scale(plan.alpha[:-1], plan.sigma[:-1]).tolist()
     b0 = plan.b[:, 0]
-    own = weights(torch.stack([plan.a + b0 * from_x, b0 * from_m, from_x, from_m], 1))
-    table, read, c = weights(plan.b), nonzero(plan.b).tolist(), plan.c.tolist()
-    shift = weights(plan.shift) if plan.shift.numel() else [0.0] * plan.rows
+    own = torch.stack(torch.broadcast_tensors(plan.a + b0 * from_x, b0 * from_m, from_x, from_m), 1)
+    table, c = weights(plan.b), plan.c.tolist()
+    past = [[(call, table[i][i - call]) for call in calls] for i, calls in enumerate(pattern.past)]
+    draws = [[(draw, c[i][i - draw]) for draw in drawn] for i, drawn in enumerate(pattern.draws)]
+    shift = weights(plan.shift) if plan.shift.numel() else itertools.repeat(0.0)
     variances = _variances(plan, model, (p, q))
-    past = [[(i - j, table[i][j]) for j in range(1, plan.window) if read[i][j]] for i in range(plan.rows)]
-    draws = [[(i - k, weight) for k, weight in enumerate(row) if weight] for i, row in enumerate(c)]
-    done: list[list[int]] = [[] for _ in last]
-    for call, row in enumerate(last):
-        if row > call:
-            done[row].append(call)
+    packed = None if formula or like is None else _packed(plan, own, like)
     columns = {
         "label": labels,
         "input_scale": scales,
-        "x_weight": [row[0] for row in own],
-        "output_weight": [row[1] for row in own],
+        "x_weight": weights(own[:, 0]),
+        "output_weight": weights(own[:, 1]),
         "past": past,
         "draws": draws,
-        "keep": [(row[2], row[3]) if last[i] > i else None for i, row in enumerate(own)],
-        "done": done,
+        "keep": [(w[0], w[1]) if last[i] > i else None for i, w in enumerate(weights(own[:, 2:]))],
+        "done": pattern.done,
         "shift": shift,
         "as_formula": itertools.repeat(formula),
         "is_called": called,
         "variance": variances,
         "at_level": at_levels,
-        "packed": itertools.repeat(None if formula or like is None else _packed(own, past, draws, like)),
+        "packed": itertools.repeat(packed),
     }
     return list(map(Row, *(columns[name] for name in Row._fields)))
 
 
-def _packed(own: list[list[float]], past: list, draws: list, like: Tensor) -> Tensor:
+def _packed(plan: Plan, own: Tensor, like: Tensor) -> Tensor:
     """The rows' weights as a kernel reads them, beside the state: of x and m in x, of them in what is kept, of the terms."""
-    rows = [
-        [*mine, *(weight for _, weight in terms)]
-        for mine, terms in zip(own, map(list.__add__, past, draws), strict=True)
-    ]
-    longest = max(map(len, rows))
-    rows = [row + [0.0] * (longest - len(row)) for row in rows]
-    return torch.tensor(rows, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
+    terms = torch.cat([plan.b, plan.c, plan.a.new_zeros(plan.rows, 1)], 1).gather(1, plan.pattern.columns)
+    return torch.cat([own, terms], 1).to(like.device, like.dtype, non_blocking=True)
 
 
 def _labels(plan: Plan, model: Model, called: list[bool], like: Tensor | None) -> Sequence:
     """What the net reads in each row, in rows that do not call it whatever: numbers, or [B] beside `like`, begun at multiples of 16 bytes."""
     times = plan.times[:-1]
-    if all(called):
-        numbers = model.labels(times)
-    else:
-        given = iter(model.labels(times[torch.tensor(called, device="cpu")]))
+    numbers: Any = times  # read as they are if the model does not say otherwise
+    if model.label is not None or like is None:
+        given = iter(model.labels(times if all(called) else times[torch.tensor(called, device="cpu")]))
         numbers = [next(given) if is_called else 0 for is_called in called]
     if like is None:
         return numbers
-    dtype = torch.long if all(isinstance(number, int) for number in numbers) else like.dtype
-    labels = torch.tensor(numbers, dtype=dtype, device="cpu").to(like.device, non_blocking=True)
+    whole_numbers = model.label is not None and all(isinstance(number, int) for number in numbers)
+    dtype = torch.long if whole_numbers else like.dtype
+    labels = torch.as_tensor(numbers, dtype=dtype, device="cpu").to(like.device, non_blocking=True)
     whole = 16 // labels.element_size()
     width = -(-len(like) // whole) * whole
     return labels[:, None].expand(-1, width).contiguous()[:, : len(like)].unbind()
@@ -188,12 +181,11 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def _refuse_undetermined(plan: Plan, model: Model, undetermined: Tensor) -> None:
-    if undetermined.any():
-        i = int(undetermined.nonzero()[0, 0])
-        raise ValueError(
-            f"a {model.predicts} prediction does not determine {plan.predicts} in call {i}, at t = {plan.times[i]:g} (alpha = "
-            f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow (or data, at alpha = 0)"
-        )
+    i = int(undetermined.nonzero()[0, 0])
+    raise ValueError(
+        f"a {model.predicts} prediction does not determine {plan.predicts} in call {i}, at t = {plan.times[i]:g} (alpha = "
+        f"{plan.alpha[i]:g}, sigma = {plan.sigma[i]:g}); start the grid elsewhere, or use a network that predicts velocity or flow (or data, at alpha = 0)"
+    )
 
 
 def combined(

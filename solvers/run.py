@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from solvers.grids import has_levels, usual
 from solvers.kernels import kernel_for
 from solvers.methods.unipc import recommended_for
 from solvers.noise import Brownian, Noise, PerSample, Source, as_source, drawn, one_id_each
-from solvers.plan import Plan, last_use
+from solvers.plan import Plan
 from solvers.predictions import AnyModel, Model, as_model, native_of, two_outputs
 from solvers.rows import Row, Stepper, combined, deviation_of, is_finite, rows_of
 from solvers.schedules import Schedule
@@ -245,7 +245,7 @@ def execute(
     Without `check` nothing is read back from a device.
     """
     x, outputs, draws = state.x, dict(state.outputs), dict(state.draws)
-    last_draw = last_use(plan.c)
+    last_draw = plan.pattern.last_draw
     late = check and _is_read_late(x)
     at_once = check and not late
     kernel = None if grad else kernel_for(x, fused, history, at_once)
@@ -256,16 +256,20 @@ def execute(
     dtype = state.input_dtype or x.dtype
     given = None if grad else _memory_for_inputs(rows[state.call : stop], x, dtype)
     norms, made = [_norm(x)] if late else [], []
-    flags = x.new_zeros(stop, len(x)).unbind() if late and kernel and kernel.marks else [None] * stop
-    unit = _unit(plan) if progress else ""
-    for i in tqdm(range(state.call, stop), disable=not progress, initial=state.call, total=stop, unit=unit):
+    marks = late and kernel is not None and kernel.marks
+    flags: Sequence[Tensor | None] = x.new_zeros(stop, len(x)).unbind() if marks else [None] * stop
+    numbers: Iterable[int] = range(state.call, stop)
+    if progress:
+        numbers = tqdm(numbers, initial=state.call, total=stop, unit=_unit(plan))
+    for i in numbers:
         row, m, deviation = rows[i], None, None
         if source is not None and (last_draw[i] >= i or row.variance):
             draws[i] = laid_like(x, drawn(source, i, x), x.dtype)
         if row.is_called:
             m, second = called(plan, model, row, x, i, dtype, grad, given)
             if late:
-                norms.append(_norm(m.detach()) if flags[i] is None else flags[i])
+                flag = flags[i]
+                norms.append(_norm(m.detach()) if flag is None else flag)
                 made.append(i)
             if row.variance and second is not None:
                 if late:
@@ -426,8 +430,12 @@ def _resumed(plan: Plan, state: State) -> State:
         raise ValueError(
             f"the state is of another plan: it stands at {state.origin}, this plan's row {state.call} at {here}"
         )
-    for held, weights, name in ((state.outputs, plan.b, "output of call"), (state.draws, plan.c, "draw")):
-        for n, last in enumerate(last_use(weights)[: state.call]):
+    pattern = plan.pattern
+    for held, reads, name in (
+        (state.outputs, pattern.last, "output of call"),
+        (state.draws, pattern.last_draw, "draw"),
+    ):
+        for n, last in enumerate(reads[: state.call]):
             if last >= state.call and n not in held:
                 raise ValueError(
                     f"the state lacks the {name} {n}, which row {last} reads: it is of another plan"

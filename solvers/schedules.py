@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from solvers.arguments import increasing, positive
+from solvers.arguments import increasing, positive, within
 
 
 class Schedule(Protocol):
@@ -55,8 +55,8 @@ def host(t: Tensor | float) -> Tensor:
 def inside(t: Tensor | float, last: float = 1.0) -> Tensor:
     """The time as float64, inside [0, last]."""
     t = float64(t)
-    outside = ~((t >= 0) & (t <= last))
-    if outside.any():
+    if not within(t, 0.0, last):
+        outside = ~((t >= 0) & (t <= last))
         raise ValueError(
             f"t = {t[outside].flatten()[0].item():g} is outside the schedule's range [0, {last:g}]"
         )
@@ -357,6 +357,10 @@ class Inversion:
     def time(self, half_logsnr: Tensor) -> Tensor:
         """As of the schedule."""
         return self.schedule.time(half_logsnr)
+
+
+class BothWays(Inversion):
+    """A schedule walked both ways: the steps of a grid may go from noise to data or back."""
 
 
 BISECTIONS = 80  # halves [0, 1] below the spacing of float64 near any t > 1e-9

@@ -26,7 +26,6 @@ from problems import MODELS, VP, generator
 from solvers import kernels
 from solvers.kernels import InC
 from solvers.methods import BUILDS
-from solvers.plan import last_use
 from solvers.rows import Stepper
 
 RUN = sys.modules["solvers.run"]
@@ -702,7 +701,7 @@ def test_allocations_are_seen_and_so_are_their_ends():
 
 def live(plan):
     """The most outputs that rows to come read, of which a run cannot do with fewer."""
-    last = last_use(plan.b)
+    last = plan.pattern.last
     return max(sum(last[j] > i for j in range(i + 1)) for i in range(plan.rows))
 
 

@@ -206,7 +206,8 @@ def test_samples_that_adaptive_steps_bring_to_the_end_at_different_times_have_th
     found = run(x, solver=solver)
     assert len(set(found.nfe.tolist())) > 1
     assert_close(found.log_p, marginal(data, VP, NARROW[1])(x), rtol=0, atol=0.005)
-    assert torch.equal(run(x[1:2], solver=solver).log_p, found.log_p[1:2])
+    alone = run(x[1:2], solver=solver)  # whose network rounds as its batch does
+    assert_close(alone.log_p, found.log_p[1:2], rtol=0, atol=1e-12)
     with pytest.raises(
         ValueError, match=r"functools.partial\(sv.adaptive, coupled=True\), or take exact\(\)"
     ):

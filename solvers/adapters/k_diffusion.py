@@ -11,7 +11,7 @@ from solvers.arguments import numbers
 from solvers.grids import given
 from solvers.methods.unipc import calls_of_steps, first_calls
 from solvers.noise import Noise
-from solvers.plan import Plan, last_use
+from solvers.plan import Plan
 from solvers.predictions import Model
 from solvers.run import run
 from solvers.schedules import EDM, Schedule
@@ -127,7 +127,7 @@ def _as_source(
     noise_sampler: Callable[[Tensor, Tensor], Tensor], plan: Plan, times: Tensor
 ) -> Callable[[int, Tensor], Tensor]:
     """k-diffusion's noise over an interval as a draw: over the whole step if it has no other, else over the row that draws it."""
-    rows = torch.tensor([i for i, last in enumerate(last_use(plan.c)) if last >= i], device="cpu")
+    rows = torch.tensor([i for i, last in enumerate(plan.pattern.last_draw) if last >= i], device="cpu")
     steps = torch.searchsorted(calls_of_steps(plan, times), rows, right=True) - 1
     alone = torch.bincount(steps, minlength=len(times))[steps] == 1
     begin = torch.where(alone, times[steps], plan.times[rows])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, positive
-from solvers.grids import given
-from solvers.phi import moment
+from solvers.grids import on_grid
+from solvers.phi import phis
 from solvers.schedules import Schedule
 
 FORMS = ("noise", "data", "velocity")
@@ -40,20 +40,31 @@ class Levels:
     @staticmethod
     def at(schedule: Schedule, times: Tensor, clock: Clock | None = None) -> "Levels":
         """The levels of a schedule at some times."""
-        lam = schedule.half_logsnr(times)
+        return Levels._with(schedule, times, schedule.half_logsnr(times), clock)
+
+    @staticmethod
+    def of(schedule: Schedule, times: Tensor, clock: Clock | None = None) -> "Levels":
+        """The levels on a grid, once `given` has checked it."""
+        return Levels._with(schedule, *on_grid(schedule, times), clock)
+
+    @staticmethod
+    def _with(schedule: Schedule, times: Tensor, lam: Tensor, clock: Clock | None) -> "Levels":
         return Levels(
             times, schedule.alpha(times), schedule.sigma(times), lam, None if clock is None else clock(lam)
         )
 
     @staticmethod
-    def of(schedule: Schedule, times: Tensor, clock: Clock | None = None) -> "Levels":
-        """The levels on a grid, once `given` has checked it."""
-        return Levels.at(schedule, given(schedule, times), clock)
-
-    @staticmethod
     def at_time(schedule: Schedule, t: float) -> "Levels":
         """The level at one time, []."""
         return Levels.at(schedule, torch.tensor(float(t), dtype=torch.float64, device="cpu"))
+
+    @staticmethod
+    def stacked(levels: "list[Levels]") -> "Levels":
+        """Levels of one shape along a new first dimension."""
+        names = ("times", "alpha", "sigma", "half_logsnr")
+        times, alpha, sigma, lam = (torch.stack([getattr(at, name) for at in levels]) for name in names)
+        clocks = [at.clock for at in levels if at.clock is not None]
+        return Levels(times, alpha, sigma, lam, torch.stack(clocks) if clocks else None)
 
     @property
     def size(self) -> Tensor:
@@ -147,7 +158,8 @@ class Form:
         if self.predicts == "velocity":
             cross = self.scale * (s.alpha * t.sigma - t.alpha * s.sigma)
             angle = torch.atan2(cross, self.scale**2 * s.alpha * t.alpha + s.sigma * t.sigma)
-            return self.norm(t) / self.norm(s), self.norm(t) * angle
+            end = self.norm(t)
+            return end / self.norm(s), end * angle
         for name, silent, start in (("noise", "data", s.alpha), ("data", "noise", s.sigma)):
             if self.predicts == name and (start == 0).any():
                 raise ValueError(
@@ -163,30 +175,31 @@ class Form:
         a = t.alpha / s.alpha
         return a, (t.sigma - a * s.sigma) * stochastic_factor(s, t)
 
-    def moments(self, schedule: Schedule | None, s: Levels, t: Levels, degree: int) -> Tensor:
+    def moments(self, schedule: Schedule | None, s: Levels, t: Levels, total: Tensor, degree: int) -> Tensor:
         """Integrals over a step of the powers of the variable, norm_t int ((v - v_s) / (v_t - v_s))^k du, k = 1..degree.
 
         In closed form where the variable is half log-SNR (noise and data form) or the natural time, else by Gauss-Legendre
-        in half log-SNR, or in the natural time where half log-SNR is infinite.
+        in half log-SNR, or in the natural time where half log-SNR is infinite. `total` is that of k = 0, by `exact_part`.
 
         Returns:
             [steps, degree].
         """
-        _, total = self.exact_part(s, t)
-        powers = range(1, degree + 1)
+        powers = torch.arange(1, degree + 1, device="cpu")
         if self.variable == NATURAL.get(self.predicts):
-            return torch.stack([total / (k + 1) for k in powers], 1)
+            return total[:, None] / (powers + 1)
         h = t.half_logsnr - s.half_logsnr
         if self.variable == "half_logsnr" and self.predicts in RATE:
             factor = stochastic_factor(s, t)
             rate = RATE[self.predicts] * (factor if self.predicts == "data" else 1.0)
-            return torch.stack([self.slope(t) * factor * moment(k, h, rate) / h**k for k in powers], 1)
+            return (
+                (self.slope(t) * factor * h)[:, None] * powers.cumprod(0) * phis(degree + 1, rate * h)[:, 1:]
+            )
         if t.clock is not None:
             return self._clocked_moments(s, t, degree)
-        places, mass = self._quadrature(schedule, s, t, h)
+        places, mass = self._quadrature(schedule, s, t, h, total)
         start, end = self.place(s)[:, None], self.place(t)[:, None]
-        ratio = (places - start) / (end - start)
-        return torch.stack([(mass * ratio**k).sum(1) for k in powers], 1)
+        ratio = ((places - start) / (end - start))[:, None]
+        return (mass[:, None] * ratio ** powers[:, None]).sum(2)
 
     def _clocked_moments(self, s: Levels, t: Levels, degree: int) -> Tensor:
         """The same for data form under a clock and powers of rho: by parts, so that tau itself is not asked for.
@@ -211,10 +224,9 @@ class Form:
         return t.alpha if self.predicts == "data" else -t.sigma
 
     def _quadrature(
-        self, schedule: Schedule | None, s: Levels, t: Levels, h: Tensor
+        self, schedule: Schedule | None, s: Levels, t: Levels, h: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The variable and norm_t du at the Gauss points of each step, [steps, points]."""
-        _, total = self.exact_part(s, t)
         points, weights = (torch.from_numpy(v).to(h) for v in GAUSS)
         finite = h.isfinite()[:, None]
         start, length = (torch.where(finite, v[:, None], 1.0) for v in (s.half_logsnr, h))
@@ -314,11 +326,15 @@ def interpolatory(ratios: Tensor, moments: Tensor) -> Tensor:
     """Weights W_j that integrate polynomials exactly: sum_j W_j r_j^k = M_k, k = 1..q; the current call takes what is left of k = 0.
 
     Args:
-        ratios: r_j, places of the other nodes from the current one over the length of the step, [rows, q].
-        moments: M_k, [rows, q].
+        ratios: r_j, places of the other nodes from the current one over the length of the step, [rows, q]; 0 behind the last of a
+            row that has fewer nodes, whose polynomial then has a lower degree.
+        moments: M_k, [rows, q, *D].
 
     Returns:
-        [rows, q].
+        [rows, q, *D].
     """
-    powers = torch.arange(1, ratios.shape[1] + 1, device="cpu")
-    return torch.linalg.solve(ratios[:, None, :] ** powers[:, None], moments)
+    has, q = ratios != 0, ratios.shape[1]
+    powers = ratios[:, None, :] ** torch.arange(1, q + 1, device="cpu")[:, None]
+    table = torch.where(has[:, :, None], powers, torch.eye(q, dtype=torch.float64, device="cpu"))
+    wanted = torch.where(has[:, :, None], moments[..., None].flatten(2), 0.0)
+    return torch.linalg.solve(table, wanted).reshape(moments.shape)

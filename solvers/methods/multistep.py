@@ -1,14 +1,22 @@
 """Multistep methods: exponential Adams of any order and form: DDIM, DPM-Solver(++) multistep, DEIS, LMS; PNDM."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from solvers.arguments import choice, number, whole
 from solvers.methods.exponential import Form, Levels, interpolatory, refuse_no_data
-from solvers.methods.singlestep import at_calls, first_order_steps, singlestep, singlestep_variable
-from solvers.plan import Plan, fold, stacked
+from solvers.methods.singlestep import (
+    at_calls,
+    first_order_steps,
+    singlestep,
+    singlestep_tableau,
+    singlestep_variable,
+    stages,
+)
+from solvers.plan import Piece, Plan, chained, fold
 from solvers.schedules import Schedule
 
 MAX_ORDER = 8
@@ -216,14 +224,14 @@ def pndm(schedule: Schedule, times: Tensor) -> Plan:
     weights = torch.stack([total[:, None] * share for (_, total), share in zip(ends, shares, strict=True)], 1)
     a, b = fold(torch.stack([a for a, _ in ends], 1), weights)
 
-    head = Plan(*at_calls([s, middle, middle, t], t), a, b, predicts="noise")
+    head = Piece(*at_calls([s, middle, middle, t], t), a, b, a.new_zeros(len(a), 0))
     steps = len(levels.times) - 1
     if started == steps:
-        return head
+        return head.plan("noise")
     a, total = form.exact_part(levels[started:-1], levels[started + 1 :])
     calls = torch.tensor([0, 4, 8, *range(12, 12 + steps - started)], device="cpu")
     b = at_columns(total[:, None] * _equal_steps([4] * (steps - started)), calls, started)
-    return behind(head, levels, started, a, b)
+    return chained([head, rows_on(levels[started:], a, b)]).plan("noise")
 
 
 def adams(
@@ -236,11 +244,27 @@ def adams(
     variant: str = "vary_coeff",
     starting: tuple[int, int] | None = None,
 ) -> Plan:
-    """Adams rows behind a ramp or a singlestep start.
+    """Adams rows behind a ramp or a singlestep start; see `adams_on`."""
+    levels = Levels.of(schedule, times)
+    rows, _, _ = adams_on(schedule, levels, order, form, start, final, variant, starting)
+    return rows.plan(form.predicts, form.scale)
+
+
+def adams_on(
+    schedule: Schedule,
+    levels: Levels,
+    order: int,
+    form: Form,
+    start: str,
+    final: str,
+    variant: str,
+    starting: tuple[int, int] | None,
+) -> tuple[Piece, Tensor, list[int]]:
+    """The rows of Adams steps behind a ramp or a singlestep start, the number of each step's first call, [steps], and the orders.
 
     Args:
         schedule: noise schedule.
-        times: [steps + 1].
+        levels: the grid.
         order: of the rows.
         form: of the prediction, and the variable of its polynomial.
         start: "ramp" | "singlestep".
@@ -250,51 +274,61 @@ def adams(
     """
     choice("start", start, STARTS)
     choice("final", final, FINALS)
-    levels = Levels.of(schedule, times)
     steps = len(levels.times) - 1
+    calls, orders = torch.arange(steps, device="cpu"), orders_of_steps(levels, form, order, final)
     started, start_order = (0, 0) if start == "ramp" or order < 3 else starting or (order - 1, order - 1)
     if started:
         if start_order >= MAX_STARTED:
             raise ValueError(
                 f"order = {order} with start = 'singlestep': expected a whole number from 1 to {MAX_STARTED}, or start='ramp'"
             )
-        lowered = first_order_steps(singlestep_variable(form.predicts), levels)
-        started = min(started + int(lowered[0]), steps)
-    scale = form.scale
-    head = (
-        singlestep(schedule, levels.times[: started + 1], start_order, form.predicts, scale=scale)
-        if started
-        else None
-    )
-    if head is not None and started == steps:
-        return head
+        place = Form(form.predicts, singlestep_variable(form.predicts), form.scale)
+        lowered = first_order_steps(place.variable, levels).tolist()
+        started = min(started + lowered[0], steps)
+        head = stages(schedule, levels[: started + 1], singlestep_tableau(start_order), place)
+        made = [1 if first_order else start_order for first_order in lowered[:started]]
+        first = accumulate([*made, *[1] * (steps - started)], initial=0)
+        calls = torch.tensor([*first][:-1], device="cpu")
+        if started == steps:
+            return head, calls, orders
 
-    orders = orders_of_steps(levels, form, order, final)[started:]
-    a, weights = adams_rows(schedule, form, levels, orders, variant)
-    calls = torch.ones(steps, dtype=torch.long, device="cpu")
-    if started:
-        calls[:started] = torch.where(lowered[:started], 1, start_order)
-    b = at_columns(weights, calls.cumsum(0) - calls, started)
-    if head is None:
-        return Plan(levels.times, levels.alpha, levels.sigma, a, b, predicts=form.predicts, scale=scale)
-    return behind(head, levels, started, a, b)
+    a, weights = adams_rows(schedule, form, levels, orders[started:], variant)
+    if not started:
+        return rows_on(levels, a, weights), calls, orders
+    rows = rows_on(levels[started:], a, at_columns(weights, calls, started))
+    return chained([head, rows]), calls, orders
+
+
+def rows_on(levels: Levels, a: Tensor, b: Tensor) -> Piece:
+    """Rows of an ODE method, one a step."""
+    return Piece(levels.times, levels.alpha, levels.sigma, a, b, a.new_zeros(len(a), 0))
 
 
 def adams_rows(
     schedule: Schedule, form: Form, levels: Levels, orders: list[int], variant: str
 ) -> tuple[Tensor, Tensor]:
     """The last len(orders) steps of a grid, each of its order: the weights of x, [rows], and of the outputs, [rows, max order]."""
-    first = len(levels.times) - 1 - len(orders)
-    a, _ = form.exact_part(levels[first:-1], levels[first + 1 :])
-    weights = a.new_zeros(len(a), max(orders))
-    for q in set(orders):
-        rows = torch.tensor([i for i, o in enumerate(orders) if o == q], device="cpu")
-        weights[rows, :q] = adams_weights(schedule, form, levels, rows + first, range(0, -q, -1), variant)
+    first, most = len(levels.times) - 1 - len(orders), max(orders)
+    s = levels[first:-1]
+    a, total = form.exact_part(s, levels[first + 1 :])
+    weights = torch.cat([(total / form.unit(s))[:, None], a.new_zeros(len(a), most - 1)], 1)
+    rows = torch.tensor([i for i, order in enumerate(orders) if order > 1], device="cpu")
+    if len(rows):
+        counts = torch.tensor([order for order in orders if order > 1], device="cpu")
+        weights[rows] = adams_weights(
+            schedule, form, levels, rows + first, range(0, -most, -1), variant, counts
+        )
     return a, weights
 
 
 def adams_weights(
-    schedule: Schedule | None, form: Form, levels: Levels, steps: Tensor, nodes: Sequence[int], variant: str
+    schedule: Schedule | None,
+    form: Form,
+    levels: Levels,
+    steps: Tensor,
+    nodes: Sequence[int],
+    variant: str,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Weights of the outputs at some nodes that integrate their polynomial over each step.
 
@@ -305,25 +339,31 @@ def adams_weights(
         steps: the steps' numbers, [rows].
         nodes: grid points, counted from the one where the step begins: 0, which takes what consistency leaves, then the others.
         variant: of the weight of one other node; see `first_moment`.
+        counts: how many of the nodes, the first of them, each row has, [rows]; None for all.
 
     Returns:
         [rows, nodes].
     """
     s, t = levels[steps], levels[steps + 1]
-    total = form.exact_part(s, t)[1][:, None]
+    _, total = form.exact_part(s, t)
+    if len(nodes) == 1:
+        return (total / form.unit(s))[:, None]
     at = steps[:, None] + torch.tensor(nodes, device="cpu")
-    others = total[:, :0]
-    if len(nodes) > 1:
-        moments = form.moments(schedule, s, t, len(nodes) - 1)
-        if len(nodes) == 2:
-            moments = first_moment(form, s, t, moments, variant)
-        place, here = form.place(levels), form.place(s)[:, None]
-        others = interpolatory((place[at[:, 1:]] - here) / (form.place(t)[:, None] - here), moments)
-    return torch.cat([total - others.sum(1, keepdim=True), others], 1) / form.unit(levels)[at]
+    if counts is None:
+        counts = steps.new_full((len(steps),), len(nodes))
+    at = torch.where(torch.arange(len(nodes), device="cpu") < counts[:, None], at, steps[:, None])
+    moments = form.moments(schedule, s, t, total, len(nodes) - 1)
+    if (two := counts == 2).any():
+        first = first_moment(form, s, t, total, moments[:, 0], variant)
+        moments[:, 0] = torch.where(two, first, moments[:, 0])
+    place = form.place(levels)
+    here, there = place[steps, None], place[steps + 1, None]
+    others = interpolatory((place[at[:, 1:]] - here) / (there - here), moments)
+    return torch.cat([total[:, None] - others.sum(1, keepdim=True), others], 1) / form.unit(levels)[at]
 
 
-def first_moment(form: Form, s: Levels, t: Levels, exact: Tensor, variant: str) -> Tensor:
-    """The moment of k = 1 as a paper has it, [rows, 1]: where one other node is in a row the moment is all that matters.
+def first_moment(form: Form, s: Levels, t: Levels, total: Tensor, exact: Tensor, variant: str) -> Tensor:
+    """The moment of k = 1 as a paper has it, [rows]: where one other node is in a row the moment is all that matters.
 
     "vary_coeff" is exact; "bh2" has half the sum of the weights, B(h) = e^z - 1 (DPM-Solver multistep, 2M); "bh1" has half
     of what the prediction at the end would weigh over the step, B(h) = z.
@@ -332,18 +372,18 @@ def first_moment(form: Form, s: Levels, t: Levels, exact: Tensor, variant: str) 
     if choice("variant", variant, VARIANTS) == "vary_coeff":
         return exact
     if variant == "bh2":
-        return form.exact_part(s, t)[1][:, None] / 2
+        return total / 2
     if form.variable != "half_logsnr":
         raise ValueError(
             f"variant = 'bh1' with variable = {form.variable!r}: B(h) = h is a step of half log-SNR; take variant='bh2'"
         )
-    return (form.slope(t) * (t.half_logsnr - s.half_logsnr))[:, None] / 2
+    return form.slope(t) * (t.half_logsnr - s.half_logsnr) / 2
 
 
 def orders_of_steps(levels: Levels, form: Form, order: int, final: str = "full") -> list[int]:
     """The order of each step: what its history allows, lowered at the end if asked, 1 where time or variable are infinite."""
     steps = len(levels.times) - 1
-    nodes = form.place(levels).isfinite().cumsum(0)[:-1].tolist()
+    nodes = form.place(levels).isfinite().cumsum(0).tolist()
     infinite = form.is_infinite(levels).tolist()
     most = [steps - i if final == "lower" else order for i in range(steps)]
     return [1 if infinite[i] else min(order, nodes[i], most[i]) for i in range(steps)]
@@ -359,21 +399,9 @@ def at_columns(weights: Tensor, calls: Tensor, started: int) -> Tensor:
     return weights.new_zeros(rows, 1 + int(used.max())).scatter_add_(1, used, weights)
 
 
-def behind(head: Plan, levels: Levels, started: int, a: Tensor, b: Tensor) -> Plan:
-    """The rows (a, b), which read calls of the head, behind the head, which takes the first `started` steps."""
-    times, alpha, sigma = (
-        torch.cat([getattr(head, n)[:-1], getattr(levels, n)[started:]]) for n in ("times", "alpha", "sigma")
-    )
-    a, b = torch.cat([head.a, a]), stacked(head.b, b)
-    return Plan(times, alpha, sigma, a, b, predicts=head.predicts, scale=head.scale, turns=head.turns)
-
-
 def _equal_steps(orders: list[int]) -> Tensor:
     """Adams-Bashforth weights of equal steps, [rows, max order], each row summing to 1: {1}, {3, -1} / 2, {23, -16, 5} / 12, ..."""
-    table = torch.zeros(len(orders), max(orders), dtype=torch.float64, device="cpu")
-    for q in set(orders):
-        k = torch.arange(1, q, dtype=torch.float64, device="cpu")
-        past = interpolatory(-k[None], 1 / (k[None] + 1))[0]
-        rows = [i for i, order in enumerate(orders) if order == q]
-        table[rows, :q] = torch.cat([1 - past.sum()[None], past])
-    return table
+    k = torch.arange(1, max(orders), dtype=torch.float64, device="cpu")
+    has = k < torch.tensor(orders, device="cpu")[:, None]
+    past = interpolatory(torch.where(has, -k, 0.0), (1 / (k + 1)).expand(has.shape))
+    return torch.cat([1 - past.sum(1, keepdim=True), past], 1)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import number, whole
-from solvers.grids import given, has_levels, karras, trailing
+from solvers.grids import has_levels, karras, trailing
 from solvers.methods.exponential import Levels, refuse_upwards
 from solvers.methods.singlestep import heun
-from solvers.plan import Plan, joined
-from solvers.schedules import Schedule
+from solvers.methods.unipc import calls_at
+from solvers.plan import Piece, Plan, joined, nonzero
+from solvers.schedules import BothWays, Schedule
 
 Build = Callable[[Schedule, Tensor], Plan]
 TRIED = 8  # steps on which it is seen whether a method reads calls of earlier steps
@@ -34,18 +35,14 @@ def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: floa
     """
     if not 0 <= number("eta", eta) <= 1:
         raise ValueError(f"eta = {eta}: expected a number from 0 (the method itself) to 1")
-    levels = _checked("ancestral", schedule, times, method)
+    levels = _levels(schedule, times)
     if not eta:
+        _check_one_step("ancestral", schedule, levels.times, method)
         return _built(method, schedule, levels.times)
     lam = levels.half_logsnr
     down = lam[1:] - torch.log1p(eta**2 * torch.expm1(-2 * lam.diff())) / 2
     ends = torch.where(levels.sigma[1:] == 0, levels.times[1:], schedule.time(down))
-    ends = _within(schedule, ends)
-    pieces = [
-        _built(method, schedule, torch.stack([s, end]))
-        for s, end in zip(levels.times[:-1], ends, strict=True)
-    ]
-    return _joined(schedule, pieces, levels.times[-1])
+    return _renoised("ancestral", schedule, method, levels.times, levels.times[:-1], _within(schedule, ends))
 
 
 def churn(
@@ -79,23 +76,20 @@ def churn(
             raise ValueError(f"{name} = {value}: expected a finite number from 0")
     if not 0 <= number("low", low) <= number("high", high):
         raise ValueError(f"low = {low}, high = {high}: expected times with 0 <= low <= high")
-    levels = _checked("churn", schedule, times, method)
+    levels = _levels(schedule, times)
     starts = levels.times[:-1]
     gamma = min(amount / len(starts), math.sqrt(2) - 1)
     churned = (starts >= low) & (starts <= high) & levels.half_logsnr[:-1].isfinite()
     if not gamma or not churned.any():
+        _check_one_step("churn", schedule, levels.times, method)
         return _built(method, schedule, levels.times)
     noisier = schedule.time(levels.half_logsnr[:-1] - math.log1p(gamma))
     if has_levels(schedule):
         count = schedule.levels  # type: ignore[attr-defined]
         noisier = (noisier * count).round() / count
     noisier = torch.where(churned, torch.maximum(noisier, starts), starts)
-    noisier = _within(schedule, noisier)
-    pieces = [
-        _built(method, schedule, torch.stack([begin, t]))
-        for begin, t in zip(noisier, levels.times[1:], strict=True)
-    ]
-    return _joined(schedule, pieces, levels.times[-1], levels.times[0], noise_scale)
+    begins = _within(schedule, noisier)
+    return _renoised("churn", schedule, method, levels.times, begins, levels.times[1:], noise_scale)
 
 
 def restart(
@@ -177,11 +171,15 @@ def _built(method: Build, schedule: Schedule, times: Tensor) -> Plan:
     return plan
 
 
-def _checked(name: str, schedule: Schedule, times: Tensor, method: Build) -> Levels:
-    """The levels of the grid, once the method is seen to take each step by itself."""
-    times = given(schedule, times)
+def _levels(schedule: Schedule, times: Tensor) -> Levels:
+    """The levels of a grid from noise to data."""
     levels = Levels.of(schedule, times)
     refuse_upwards(levels)
+    return levels
+
+
+def _check_one_step(name: str, schedule: Schedule, times: Tensor, method: Build) -> None:
+    """That the method takes each step by itself, on the first of them."""
     some = times[: TRIED + 1]
     whole_way = _built(method, schedule, some)
     alone = [_built(method, schedule, some[i : i + 2]) for i in range(len(some) - 1)]
@@ -191,7 +189,60 @@ def _checked(name: str, schedule: Schedule, times: Tensor, method: Build) -> Lev
             "(heun, ddim, dpm_solver, partial(dpm_solver_pp, kind='singlestep')), or take the multistep methods of the SDE: "
             "dpm_solver_pp_sde, sa_solver"
         )
-    return levels
+
+
+def _renoised(
+    name: str,
+    schedule: Schedule,
+    method: Build,
+    times: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    noise_scale: float = 1.0,
+) -> Plan:
+    """The method's steps from each begin to its end, and a row of noise wherever the next is noisier, or the last of the times."""
+    plan = _at_once(schedule, method, times, begins, ends, noise_scale)
+    if plan is not None:
+        return plan
+    _check_one_step(name, schedule, times, method)
+    pieces = [
+        _built(method, schedule, torch.stack([begin, end])) for begin, end in zip(begins, ends, strict=True)
+    ]
+    return _joined(schedule, pieces, times[-1], times[0], noise_scale)
+
+
+def _at_once(
+    schedule: Schedule, method: Build, times: Tensor, begins: Tensor, ends: Tensor, noise_scale: float
+) -> Plan | None:
+    """The plan of `_renoised` by one call of the method, on the way down and up again, with the steps up replaced by noise.
+
+    None for a method that does not go both ways, or whose plan is more than rows that read the calls of their own step.
+    """
+    way = torch.cat([times[:1], torch.stack([begins, ends], 1).flatten(), times[-1:]])
+    moves = way.diff() != 0
+    adds = torch.arange(len(moves), device="cpu")[moves] % 2 == 0  # which of the steps add noise
+    way = torch.cat([way[:1], way[1:][moves]])
+    try:
+        plan = _built(method, BothWays(schedule), way)
+        first = torch.tensor(calls_at(plan, way[:-1].tolist()), device="cpu")  # the row that begins each step
+    except ValueError:
+        return None
+    step = torch.searchsorted(first, torch.arange(plan.rows, device="cpu"), right=True) - 1
+    own = torch.arange(plan.rows, device="cpu") - first[step]  # a row's number within its step
+    early = nonzero(plan.b) & (torch.arange(plan.window, device="cpu") > own[:, None])
+    if early.any() or plan.shift.numel() or plan.mix.numel() or plan.element_shape or not plan.consistent:
+        return None
+    kept = ~adds[step] | (own == 0)
+    at = torch.cat([kept.nonzero().flatten(), first.new_tensor([plan.rows])])
+    t, alpha, sigma = plan.times[at], plan.alpha[at], plan.sigma[at]
+    noisy = adds[step][kept]
+    a = torch.where(noisy, alpha[1:] / alpha[:-1], plan.a[kept])
+    b = torch.where(noisy[:, None], 0.0, plan.b[kept])
+    b = b[:, : 1 + int((b != 0).any(0).nonzero().max())]
+    added = (sigma[1:] - a * sigma[:-1]) * (sigma[1:] + a * sigma[:-1])
+    c = noise_scale * torch.sqrt(torch.where(noisy, added, 0.0))
+    c = c[:, None] if noisy.any() else plan.c
+    return Piece(t, alpha, sigma, a, b, c).plan(plan.predicts, plan.scale)
 
 
 def _within(schedule: Schedule, times: Tensor) -> Tensor:

@@ -1,5 +1,10 @@
 """Singlestep methods: exponential and classical Runge-Kutta, DPM-Solver-1/2/3, DPM-Solver-fast, 2S, 3S, Heun."""
 
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -25,8 +30,8 @@ from solvers.methods.tableaux import (
     third_order,
     two_positions,
 )
-from solvers.phi import phi
-from solvers.plan import Plan, fold, joined
+from solvers.phi import phi, phis
+from solvers.plan import Piece, Plan, chained, fold
 from solvers.schedules import Schedule
 
 
@@ -69,11 +74,15 @@ def dpm_solver_fast(
     thirds, left = divmod(nfe, 3)
     orders = [3] * (thirds - 1) + [2, 1] if left == 0 else [3] * thirds + [left]
     times = logsnr(schedule, len(orders), start=start, stop=stop)
+    levels, form = Levels.at(schedule, times), Form("noise")
     runs = [
         (order, [i for i, o in enumerate(orders) if o == order]) for order in (3, 2, 1) if order in orders
     ]
-    plans = [dpm_solver(schedule, times[steps[0] : steps[-1] + 2], order) for order, steps in runs]
-    return joined(plans)
+    pieces = [
+        stages(schedule, levels[steps[0] : steps[-1] + 2], singlestep_tableau(order), form)
+        for order, steps in runs
+    ]
+    return chained(pieces).plan("noise")
 
 
 def heun(schedule: Schedule, times: Tensor, alpha: float = 1.0) -> Plan:
@@ -126,13 +135,18 @@ def exponential_rk(
 
 
 def runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form) -> Plan:
-    """The rows of a tableau on a grid, with order 1 where half log-SNR is infinite; of an SDE, if the form has a clock."""
+    """The steps of a tableau on a grid, with order 1 where half log-SNR is infinite; of an SDE, if the form has a clock."""
+    return stages(schedule, levels, tableau, form).plan(form.predicts, form.scale)
+
+
+def stages(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form) -> Piece:
+    """The rows of `runge_kutta`."""
     lowered = first_order_steps(form.variable, levels) & (tableau.stages > 1)
     pieces = [
-        _runge_kutta(schedule, levels[i : j + 1], euler if first_order else tableau, form)
+        _regular_stages(schedule, levels[i : j + 1], euler if first_order else tableau, form)
         for first_order, i, j in _runs(lowered)
     ]
-    return joined(pieces)
+    return chained(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def textbook_stages(
@@ -144,36 +158,50 @@ def textbook_stages(
         (calls, x_weights, table): the levels of each call; the weight of x in stages 2, 3, ... and in the end, [steps, stages]; the
         weights of the outputs in them, [steps, stages, stages].
     """
-    h = t.half_logsnr - s.half_logsnr
-    start = form.place(s)
-
-    def level(c: float) -> Levels:
-        place = start + c * (form.place(t) - start)
-        return Levels.at(schedule, schedule.time(form.half_logsnr(form.variable, place)), form.clock)
-
-    calls = [s if c == 0 else t if c == 1 else level(c) for c in tableau.positions]
-    weights = tableau.weights(phi_of_steps(form, s, t))
+    start, count = form.place(s), len(s)
+    inner = sorted({c for c in tableau.positions if 0 < c < 1})
+    between = {0.0: s, 1.0: t}
+    if inner:
+        shares = torch.tensor(inner, dtype=torch.float64, device="cpu")[:, None]
+        place = (start + shares * (form.place(t) - start)).flatten()
+        at = Levels.at(schedule, schedule.time(form.half_logsnr(form.variable, place)), form.clock)
+        between |= {c: at[k * count : (k + 1) * count] for k, c in enumerate(inner)}
+    calls = [between[c] for c in tableau.positions]
+    weights = tableau.weights(phi_of_steps(form, s, t, tableau.positions))
     if [len(row) for row in weights] != (expected := [*range(tableau.stages - 1), tableau.stages - 1]):
         raise ValueError(
             f"the tableau has {[len(row) for row in weights]} weights: expected {expected}, of outputs 2, 3, ... in stages 2, 3, ... "
             "and in the end"
         )
-    x_weights = h.new_zeros(len(h), tableau.stages)
-    table = h.new_zeros(len(h), tableau.stages, tableau.stages)
-    for k, (end, outputs) in enumerate(zip([*calls[1:], t], weights, strict=True)):
-        x_weights[:, k], part = form.exact_part(s, end)
-        scaled = scale_of_weights(form, s, t, end)
-        for j, weight in enumerate(outputs, start=1):
-            table[:, k, j] = scaled * weight
-        table[:, k, 0] = part - table[:, k, 1:].sum(1)
-    return calls, x_weights, table / torch.stack([form.unit(call) for call in calls], 1)[:, None]
+    every = Levels.stacked([*calls, t])  # [stages + 1, steps]
+    begins, ends = every[:-1], every[1:]
+    x_weights, parts = form.exact_part(s, ends)
+    scale = scale_of_weights(form, s, t, ends)
+    others = parts.new_zeros(tableau.stages, tableau.stages - 1, count)
+    for k, outputs in enumerate(weights):
+        if outputs:
+            others[k, : len(outputs)] = torch.stack([scale[k] * weight for weight in outputs])
+    table = torch.cat([(parts - others.sum(1))[:, None], others], 1) / form.unit(begins)
+    return calls, x_weights.T, table.permute(2, 0, 1)
 
 
-def phi_of_steps(form: Form, s: Levels, t: Levels) -> Phi:
-    """What a tableau's weights are made of over the steps from s to t: (k, c = 1) -> phi_k(c z), [steps]."""
+def phi_of_steps(form: Form, s: Levels, t: Levels, positions: Sequence[float] = ()) -> Phi:
+    """What a tableau's weights are made of over the steps from s to t: (k, c = 1) -> phi_k(c z), [steps], at once for c of its positions."""
     h = t.half_logsnr - s.half_logsnr
-    z = torch.zeros_like(h) if _is_classical(form) else RATE[form.predicts] * stochastic_factor(s, t) * h
-    return lambda k, c=1.0: phi(k, c * z)
+    if _is_classical(form):  # z = 0
+        return lambda k, c=1.0: torch.full_like(h, 1 / math.factorial(k))
+    z = RATE[form.predicts] * stochastic_factor(s, t) * h
+    shares = sorted({*positions, 1.0})
+
+    @cache
+    def known() -> Tensor:
+        """phi_1, ..., phi_4 of every share, all that the tableaux here ask for."""
+        return phis(4, torch.tensor(shares, dtype=torch.float64, device="cpu")[:, None] * z)
+
+    def p(k: int, c: float = 1.0) -> Tensor:
+        return known()[shares.index(c), :, k - 1] if 1 <= k <= 4 and c in shares else phi(k, c * z)
+
+    return p
 
 
 def scale_of_weights(form: Form, s: Levels, t: Levels, end: Levels) -> Tensor:
@@ -183,21 +211,16 @@ def scale_of_weights(form: Form, s: Levels, t: Levels, end: Levels) -> Tensor:
     return form.slope(end) * stochastic_factor(s, t) * (t.half_logsnr - s.half_logsnr)
 
 
-def _runge_kutta(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form) -> Plan:
+def _regular_stages(schedule: Schedule, levels: Levels, tableau: Tableau, form: Form) -> Piece:
     """The rows of a tableau on a grid none of whose steps is special."""
     s, t = levels[:-1], levels[1:]
     calls, x_weights, table = textbook_stages(schedule, s, t, tableau, form)
     a, b = fold(x_weights, table)
-    turns = (
-        len(a)
-        // tableau.stages
-        * sum(c < before for before, c in zip(tableau.positions[:-1], tableau.positions[1:], strict=True))
-    )
-    c = a.new_zeros(0)
+    c = a.new_zeros(len(a), 0)
     if form.clock is not None:  # each row adds the noise of its own part of the step
         parts = zip(calls, [*calls[1:], t], strict=True)
         c = torch.stack([noise_weight(form, *ends) for ends in parts], 1).reshape(-1, 1)
-    return Plan(*at_calls(calls, t), a, b, c, form.predicts, form.scale, turns=turns)
+    return Piece(*at_calls(calls, t), a, b, c)
 
 
 def at_calls(calls: list[Levels], t: Levels) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,18 +253,22 @@ def singlestep(
     Order 2 is the paper's variant: weight phi_1 / (2 r1) of the stage. Order 4 is Krogstad's.
     Source: Lu et al. 2022 (arXiv 2206.00927) and (arXiv 2211.01095), algorithm 1; see `dpm_solver`.
     """
+    tableau = singlestep_tableau(order, r1, r2)
+    return exponential_rk(schedule, times, tableau, predicts, singlestep_variable(predicts), scale)
+
+
+def singlestep_tableau(order: int, r1: float | None = None, r2: float | None = None) -> Tableau:
+    """The tableau of `singlestep`."""
     whole("order", order, 1, 4)
     for name, value, least in (("r1", r1, (2, 3)), ("r2", r2, (3,))):
         if value is not None and order not in least:
             raise ValueError(f"{name} = {value!r} has no use with order = {order}: leave it out")
     if order == 2:
-        tableau = dpm_solver_2(position("r1", 1 / 2 if r1 is None else r1))
-    elif order == 3:
+        return dpm_solver_2(position("r1", 1 / 2 if r1 is None else r1))
+    if order == 3:
         places = two_positions(r1=1 / 3 if r1 is None else r1, r2=2 / 3 if r2 is None else r2)
-        tableau = third_order(*places)
-    else:
-        tableau = euler if order == 1 else krogstad
-    return exponential_rk(schedule, times, tableau, predicts, singlestep_variable(predicts), scale)
+        return third_order(*places)
+    return euler if order == 1 else krogstad
 
 
 def singlestep_variable(predicts: str) -> str:
@@ -261,5 +288,6 @@ def first_order_steps(variable: str, levels: Levels) -> Tensor:
 
 def _runs(flags: Tensor) -> list[tuple[bool, int, int]]:
     """Runs of equal flags as (flag, first, last + 1)."""
-    cuts = [0, *((flags.diff().nonzero().flatten() + 1).tolist()), len(flags)]
-    return [(bool(flags[i]), i, j) for i, j in zip(cuts[:-1], cuts[1:], strict=True)]
+    values = flags.tolist()
+    cuts = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
+    return [(values[i], i, j) for i, j in pairwise(cuts)]

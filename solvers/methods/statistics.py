@@ -13,7 +13,7 @@ from tqdm import tqdm
 from solvers.arguments import numbers, positive, whole
 from solvers.files import load_tensors, save_tensors
 from solvers.grids import given
-from solvers.methods.exponential import GAUSS, Form, Levels
+from solvers.methods.exponential import GAUSS, Form, Levels, interpolatory
 from solvers.noise import Noise, as_source, noised
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, predictor
@@ -21,6 +21,7 @@ from solvers.schedules import Schedule
 
 Fit = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # half log-SNR [K] -> (l, s, b), each [K, *D]
 NAMES = ("half_logsnr", "l", "s", "b")
+MOST_AT_ONCE = 2**22  # numbers of a table over the Gauss points of some steps
 STEEPEST = 20.0  # of the integral of s over a step; noise and data form have -h and 0
 
 
@@ -157,26 +158,23 @@ def dpm_solver_v3(
         raise TypeError(
             f"statistics = {statistics!r:.100}: expected a function of half log-SNR [K] that gives (l, s, b), each [K, *D] in float64"
         )
-    steps = [_Integrals.over(statistics, *pair) for pair in zip(lam[:-1], lam[1:], strict=True)]
-    steepest = max(float(step.slope.abs().max()) for step in steps)
-    if not steepest < STEEPEST:
+    every = _Integrals.over(statistics, lam, fitted[0], order + corrector)
+    if not (steepest := every.slope.abs().max().item()) < STEEPEST:
         raise ValueError(
             f"the statistics' s has an integral of {steepest:.3g} over one step, a factor of e^{steepest:.3g}: they are not of a smooth "
             "model; estimate them at more times and of more samples, or take gaussian_statistics"
         )
-    a = torch.stack([torch.exp(-step.linear) for step in steps])
+    a = torch.exp(-every.linear)
     a = _column(alpha[1:] / alpha[:-1], a) * a
-    b, shift = a.new_zeros(len(a), order + corrector, *a.shape[1:]), torch.zeros_like(a)
-    for i in range(len(steps)):
-        past = range(-1, -min(i + 1, order), -1)
-        weights, constant = _row(steps, lam, alpha, i, [0, *past])
-        b[i, : len(weights)] += weights
-        shift[i] += constant
-        if corrector and i + 1 < len(steps):  # the next row begins with what the correction adds to x
-            better, better_constant = _row(steps, lam, alpha, i, [0, 1, *past])
-            b[i + 1, [1, 0, *range(2, len(better))]] += a[i + 1] * better
-            b[i + 1, 1 : 1 + len(weights)] -= a[i + 1] * weights
-            shift[i + 1] += a[i + 1] * (better_constant - constant)
+    past = range(-1, -order, -1)
+    weights, shift = _rows(every, lam, alpha, [0, *past])
+    b = torch.cat([weights, torch.zeros_like(weights[:, :corrector])], 1)
+    if corrector:  # the next row begins with what the correction adds to x
+        better, better_shift = _rows(every, lam, alpha, [0, 1, *past])
+        better = better[:, [1, 0, *range(2, order + 1)]]  # newest first
+        better[:, 1:] -= weights
+        b[1:] += a[1:, None] * better[:-1]
+        shift = torch.cat([shift[:1], shift[1:] + a[1:] * (better_shift - shift)[:-1]])
     l, _, _ = fitted
     mix = torch.stack([-_column(alpha[:-1], l) * l, _column(sigma[:-1], l) * (1 - l)], 1)
     return Plan(levels.times, alpha, sigma, a, b, predicts="mixture", mix=mix, shift=shift)
@@ -285,53 +283,61 @@ def estimate_statistics(
 
 @dataclass(frozen=True)
 class _Integrals:
-    """Over one step, from its start: L = int l, S = int s, B = int e^{-S} b at its end, and what weighs polynomials."""
+    """Over each step, from its start: L = int l, S = int s, B = int e^{-S} b at its end, and what weighs polynomials."""
 
-    h: Tensor
-    linear: Tensor  # L, [*D]
-    slope: Tensor  # S, [*D]
-    offset: Tensor  # B, [*D]
-    kernel: Tensor  # e^{L+S} at the Gauss points, [G, *D]
-    constant: Tensor  # int e^{L+S} B dlambda, [*D]
+    linear: Tensor  # L, [steps, *D]
+    slope: Tensor  # S, [steps, *D]
+    offset: Tensor  # B, [steps, *D]
+    constant: Tensor  # int e^{L+S} B dlambda, [steps, *D]
+    moments: Tensor  # int e^{L+S} ((lambda - lambda_s) / h)^k dlambda, [steps, degree + 1, *D]
 
     @staticmethod
-    def over(statistics: Fit, start: Tensor, end: Tensor) -> "_Integrals":
-        h = end - start
-        l, s, b = statistics(start + h * POINTS)
-        running = h * CUMULATIVE  # [G + 1, G]: to each Gauss point, and to the end
-        linear, slope = (torch.tensordot(running, v, 1) for v in (l, s))
-        offset = torch.tensordot(running, torch.exp(-slope[:-1]) * b, 1)
+    def over(statistics: Fit, lam: Tensor, like: Tensor, degree: int) -> "_Integrals":
+        """Of the steps of a grid, as many of them at once as fit in the memory; l at each call is like."""
+        some = max(1, MOST_AT_ONCE // (len(POINTS) * max(1, like[0].numel())))
+        runs = [
+            _Integrals._over(statistics, lam[i : i + some + 1], degree) for i in range(0, len(lam) - 1, some)
+        ]
+        return _Integrals(*(torch.cat(parts) for parts in zip(*runs, strict=True)))
+
+    @staticmethod
+    def _over(statistics: Fit, lam: Tensor, degree: int) -> tuple[Tensor, ...]:
+        places = lam[:-1] + lam.diff() * POINTS[:, None]  # [G, steps]
+        l, s, b = (v.unflatten(0, places.shape) for v in statistics(places.flatten()))
+        h = _column(lam.diff(), l[0])
+        linear, slope = (
+            h * torch.tensordot(CUMULATIVE, v, 1) for v in (l, s)
+        )  # to each point, and to the end
+        offset = h * torch.tensordot(CUMULATIVE, torch.exp(-slope[:-1]) * b, 1)
         kernel = torch.exp(linear[:-1] + slope[:-1])
         constant = h * torch.tensordot(CUMULATIVE[-1], kernel * offset[:-1], 1)
-        return _Integrals(h, linear[-1], slope[-1], offset[-1], kernel, constant)
-
-    def moment(self, k: int) -> Tensor:
-        """int e^{L+S} ((lambda - lambda_s) / h)^k dlambda, [*D]."""
-        return self.h * torch.tensordot(CUMULATIVE[-1] * POINTS**k, self.kernel, 1)
+        powers = POINTS ** torch.arange(degree + 1, device="cpu")[:, None]
+        moments = h * torch.tensordot(CUMULATIVE[-1] * powers, kernel, 1)
+        return linear[-1], slope[-1], offset[-1], constant, moments.transpose(0, 1)
 
 
-def _row(
-    steps: list[_Integrals], lam: Tensor, alpha: Tensor, i: int, nodes: list[int]
-) -> tuple[Tensor, Tensor]:
-    """The weights of N at the nodes i + n, [nodes, *D], and the constant, [*D], of step i with g's polynomial through them."""
-    step, zero = steps[i], torch.zeros_like(steps[i].slope)
-    slopes = {0: zero, 1: step.slope}  # S from the step's start to a node
-    offsets = {0: zero, 1: step.offset}  # and B
+def _rows(every: _Integrals, lam: Tensor, alpha: Tensor, nodes: list[int]) -> tuple[Tensor, Tensor]:
+    """For each step i, with g's polynomial through the nodes i + n that there are: the weights of N, [steps, nodes, *D], and the constant."""
+    step = torch.arange(len(every.slope), device="cpu")
+    at = step[:, None] + torch.tensor(nodes, device="cpu")
+    has, at = at >= 0, at.clamp(min=0)
+    slopes = {0: torch.zeros_like(every.slope), 1: every.slope}  # S from the step's start to a node
+    offsets = {0: torch.zeros_like(every.slope), 1: every.offset}  # and B
     for n in range(-1, min(nodes) - 1, -1):
-        before = steps[i + n]
-        slopes[n] = slopes[n + 1] - before.slope
-        offsets[n] = offsets[n + 1] - torch.exp(before.slope - slopes[n + 1]) * before.offset
-    weights = step.moment(0)[None]
+        before = (step + n).clamp(min=0)
+        slopes[n] = slopes[n + 1] - every.slope[before]
+        offsets[n] = offsets[n + 1] - torch.exp(every.slope[before] - slopes[n + 1]) * every.offset[before]
+    weights = every.moments[:, :1]
     if len(nodes) > 1:
-        ratios = (lam[[i + n for n in nodes[1:]]] - lam[i]) / step.h
-        powers = ratios ** torch.arange(1, len(nodes), device="cpu")[:, None]
-        moments = torch.stack([step.moment(k) for k in range(1, len(nodes))])
-        others = torch.linalg.solve(powers, moments.reshape(len(ratios), -1)).reshape(moments.shape)
-        weights = torch.cat([weights - others.sum(0), others])
-    end = -alpha[i + 1] * torch.exp(-step.linear)
-    slope, offset = (torch.stack([table[n] for n in nodes]) for table in (slopes, offsets))
-    at = _column(alpha[[i + n for n in nodes]], weights)
-    return end * weights * torch.exp(-slope) / at, end * (step.constant - (weights * offset).sum(0))
+        ratios = torch.where(has, (lam[at] - lam[:-1, None]) / lam.diff()[:, None], 0.0)[:, 1:]
+        others = interpolatory(ratios, every.moments[:, 1 : len(nodes)])
+        weights = torch.cat([weights - others.sum(1, keepdim=True), others], 1)
+    end = -_column(alpha[1:], every.linear) * torch.exp(-every.linear)
+    slope, offset = (torch.stack([table[n] for n in nodes], 1) for table in (slopes, offsets))
+    here = alpha[at].reshape(*at.shape, *[1] * (weights.ndim - 2))
+    return end[:, None] * weights * torch.exp(-slope) / here, end * (
+        every.constant - (weights * offset).sum(1)
+    )
 
 
 def _cumulative() -> tuple[Tensor, Tensor]:

@@ -28,8 +28,8 @@ from solvers.methods.multistep import (
 )
 from solvers.methods.singlestep import runge_kutta, singlestep
 from solvers.methods.tableaux import dpm_solver_2, euler, third_order
-from solvers.methods.unipc import corrected, with_corrector
-from solvers.plan import Plan
+from solvers.methods.unipc import corrected_rows
+from solvers.plan import Piece, Plan
 from solvers.predictions import path_derivative
 from solvers.schedules import Schedule
 
@@ -190,13 +190,12 @@ def sa_solver(
     if (taus > 0).any():
         levels = replace(levels, clock=_by_step(levels, taus**2))
     form = Form("data", clock=None if levels.clock is None else constant(1.0))  # linear in each step
-    plan = _adams_sde(schedule, levels, form, order, final, "vary_coeff")
-    if not corrector:
-        return plan
-    if levels.clock is None:
-        return corrected(plan, corrector - 1, "vary_coeff", final=final)
-    orders = orders_of_steps(levels, form, corrector - 1, final)
-    return with_corrector(plan, levels, form, torch.arange(plan.rows + 1, device="cpu"), orders, "vary_coeff")
+    rows = _adams_sde(schedule, levels, form, order, final, "vary_coeff")
+    if corrector:
+        orders = orders_of_steps(levels, form, corrector - 1, final)
+        ends = torch.arange(len(levels), device="cpu")
+        rows = rows._replace(b=corrected_rows(rows.a, rows.b, levels, form, ends, orders, "vary_coeff"))
+    return rows.plan("data")
 
 
 def seeds(schedule: Schedule, times: Tensor, order: int = 3, eta: float = 1.0) -> Plan:
@@ -276,10 +275,11 @@ def er_sde(
             "fall, e.g. lambda rho: rho**2"
         )
     if (passed <= rounding).all():  # the ODE
-        return _adams_sde(
-            schedule, replace(levels, clock=None), Form("data", "sigma"), order, final, "vary_coeff"
-        )
-    return _adams_sde(schedule, levels, Form("data", "sigma", clock=clock), order, final, "vary_coeff")
+        levels, form = replace(levels, clock=None), Form("data", "sigma")
+    else:
+        form = Form("data", "sigma", clock=clock)
+    rows = _adams_sde(schedule, levels, form, order, final, "vary_coeff")
+    return rows.plan("data")
 
 
 def stochasticity(name: str, value: float) -> float:
@@ -318,14 +318,15 @@ def _sde_of(
     if not stochasticity("eta", eta):
         return ode(schedule, times, order, final=final)
     form = Form(predicts, clock=constant(eta))
-    return _adams_sde(schedule, Levels.of(schedule, times, form.clock), form, order, final, "bh2")
+    rows = _adams_sde(schedule, Levels.of(schedule, times, form.clock), form, order, final, "bh2")
+    return rows.plan(predicts)
 
 
-def _adams_sde(schedule: Schedule, levels: Levels, form: Form, order: int, final: str, variant: str) -> Plan:
+def _adams_sde(schedule: Schedule, levels: Levels, form: Form, order: int, final: str, variant: str) -> Piece:
     """Adams rows and the noise of each step, begun by orders 1, 2, ..."""
     if form.clock:
         refuse_upwards(levels)
     orders = orders_of_steps(levels, form, order, choice("final", final, FINALS))
     a, b = adams_rows(schedule, form, levels, orders, variant)
-    c = noise_weight(form, levels[:-1], levels[1:])[:, None] if form.clock else a.new_zeros(0)
-    return Plan(levels.times, levels.alpha, levels.sigma, a, b, c, form.predicts)
+    c = noise_weight(form, levels[:-1], levels[1:])[:, None] if form.clock else a.new_zeros(len(a), 0)
+    return Piece(levels.times, levels.alpha, levels.sigma, a, b, c)

@@ -14,12 +14,12 @@ from solvers.methods.multistep import (
     FINALS,
     MAX_ORDER,
     VARIANTS,
-    adams,
+    adams_on,
     adams_weights,
     exponential_adams,
     orders_of_steps,
 )
-from solvers.plan import Plan, stacked
+from solvers.plan import Plan
 from solvers.schedules import Schedule
 
 PLACES = ("half_logsnr", "sigma", "angle", "asinh")  # variables that the levels tell, without the schedule
@@ -61,8 +61,16 @@ def unipc(
     starting = (order - 2, order) if corrector else None
     form = Form(predicts, choice("variable", variable, PLACES), scale)
     choice("variant", variant, VARIANTS)
-    plan = adams(schedule, times, order, form, start, final, variant, starting)
-    return corrected(plan, order, variant, variable, times, final) if corrector else plan
+    levels = Levels.of(schedule, times)
+    rows, calls, orders = adams_on(schedule, levels, order, form, start, final, variant, starting)
+    if corrector:
+        ends = torch.cat([calls, calls.new_tensor([len(rows.a)])])
+        log_ratio = torch.log(levels.alpha) - torch.log(
+            levels.sigma
+        )  # to the last digit as `corrected` has it
+        levels = dataclasses.replace(levels, half_logsnr=log_ratio)
+        rows = rows._replace(b=corrected_rows(rows.a, rows.b, levels, form, ends, orders, variant))
+    return rows.plan(predicts, form.scale)
 
 
 def corrected(
@@ -117,23 +125,31 @@ def corrected(
 def with_corrector(
     plan: Plan, levels: Levels, form: Form, ends: Tensor, orders: list[int], variant: str
 ) -> Plan:
-    """The rows of `corrected`: of a plan whose steps begin at the calls `ends` ([steps + 1], the last behind them all)."""
-    calls = ends[:-1]
+    """The plan of `corrected`, whose steps begin at the calls `ends` ([steps + 1], the last behind them all)."""
+    return dataclasses.replace(plan, b=corrected_rows(plan.a, plan.b, levels, form, ends, orders, variant))
+
+
+def corrected_rows(
+    a: Tensor, b: Tensor, levels: Levels, form: Form, ends: Tensor, orders: list[int], variant: str
+) -> Tensor:
+    """The b of `corrected`, for rows (a, b); see `with_corrector`."""
     regular = ((ends.diff() == 1) & ~form.is_infinite(levels)).tolist()
-    steps = [i for i, one_call in enumerate(regular[:-1]) if one_call]  # the last step has no call at its end
-    width = max([plan.window, *(1 + int(calls[i + 1] - calls[i + 1 - orders[i]]) for i in steps)])
-    change = plan.b.new_zeros(plan.rows, width + 1)  # C - P of the step before each row
-    for q in {orders[i] for i in steps}:
-        rows = torch.tensor([i for i in steps if orders[i] == q], device="cpu")
-        offsets = [0, 1, *range(-1, -q, -1)]
-        weights = adams_weights(None, form, levels, rows, offsets, variant)
-        end = calls[rows + 1]
-        nodes = rows[:, None] + torch.tensor(offsets, device="cpu")
-        change[end[:, None], end[:, None] - calls[nodes]] = weights
-        change[end, 1 : 1 + plan.window] -= plan.b[end - 1]
-    b = stacked(plan.b, plan.b.new_zeros(0, width + 1)) + plan.a[:, None] * change
-    used = int((b != 0).any(0).nonzero().max()) + 1
-    return dataclasses.replace(plan, b=b[:, :used])
+    some = [i for i, one_call in enumerate(regular[:-1]) if one_call]  # the last step has no call at its end
+    if not some:
+        return b
+    steps, order = torch.tensor([[i, orders[i]] for i in some], device="cpu").T
+    offsets = [0, 1, *range(-1, -max(orders), -1)]
+    weights = adams_weights(None, form, levels, steps, offsets, variant, order + 1)
+    end = ends[steps + 1]
+    columns = end[:, None] - ends[(steps[:, None] + torch.tensor(offsets, device="cpu")).clamp(min=0)]
+    columns = torch.where(weights != 0, columns, 0)
+    change = b.new_zeros(len(b), 1 + max(b.shape[1], int(columns.max())))  # C - P of the step before each row
+    change[end] = change[end].scatter_add(1, columns, weights)
+    change[end, 1 : 1 + b.shape[1]] -= b[end - 1]
+    change *= a[:, None]
+    change[:, : b.shape[1]] += b
+    used = int((change != 0).any(0).nonzero().max()) + 1
+    return change[:, :used]
 
 
 def recommended(
@@ -210,8 +226,13 @@ def calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
         raise ValueError(
             f"times[{int((~there.any(1)).nonzero()[0])}] is not among the times of the plan's calls: give the times it was built on"
         )
-    begins, before = [], plan.rows
-    for at in there.flip(0):  # from the last step back, as a restart comes by an outer time again
-        before = int(at[:before].nonzero().max())
-        begins.append(before)
-    return torch.tensor(begins[::-1], device="cpu")
+    return torch.tensor(calls_at(plan, outer.tolist()), device="cpu")
+
+
+def calls_at(plan: Plan, outer: list[float]) -> list[int]:
+    """The same, of the times of calls that steps begin at: from the last step back, as a restart comes by an outer time again."""
+    calls, begins, row = plan.times.tolist(), [], plan.rows
+    for t in reversed(outer):
+        row -= 1 + calls[:row][::-1].index(t)
+        begins.append(row)
+    return begins[::-1]
