@@ -30,6 +30,7 @@ from solvers.jacobian import Divergence, exact, hutchinson
 from solvers.langevin import predictor_corrector
 from solvers.latents import decode, encode, round_trip_error
 from solvers.likelihood import LogLikelihood, log_likelihood
+from solvers.loop import NonFiniteError, State
 from solvers.methods import tableaux
 from solvers.methods.analytic import (
     Gamma,
@@ -69,7 +70,7 @@ from solvers.methods.unipc import corrected, recommended, unipc
 from solvers.noise import noised
 from solvers.plan import Plan, fold
 from solvers.predictions import Model, centred, checkpointed, convert
-from solvers.run import NonFiniteError, State, run, sample, trajectory
+from solvers.run import run, sample, trajectory
 from solvers.schedules import EDM, VE, VP, Cosine, Flow, Inversion, LogSNR, Schedule, SubVP
 from solvers.training import (
     DSM,

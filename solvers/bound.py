@@ -10,11 +10,12 @@ from solvers.arguments import flag, positive, whole
 from solvers.decoder import Decoder
 from solvers.elements import elements
 from solvers.grids import logsnr, within_logsnr
+from solvers.loop import NonFiniteError, called
 from solvers.noise import Noise, as_source, drawn, noised
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, as_model, predictor
 from solvers.rows import combined, deviation_of, rows_of
-from solvers.run import NonFiniteError, called, started, warn_of_training
+from solvers.run import started, warn_of_training
 from solvers.schedules import Schedule
 
 

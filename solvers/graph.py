@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import flag
+from solvers.loop import State, execute
 from solvers.noise import Noise, drawn
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
-from solvers.run import State, check_speed, check_state, execute, run, source_of, started, warn_of_training
+from solvers.run import check_speed, check_state, run, source_of, started, warn_of_training
 
 WARM_UPS = (
     3  # runs before the capture, in which libraries choose their algorithms and allocate what they keep

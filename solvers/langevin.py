@@ -7,11 +7,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from solvers.arguments import choice, positive, whole
+from solvers.loop import State, execute
 from solvers.noise import Brownian, Noise, as_source, drawn
 from solvers.plan import Plan
 from solvers.predictions import AnyModel, as_model
 from solvers.rows import rows_of
-from solvers.run import State, execute, started, warn_of_training
+from solvers.run import started, warn_of_training
 
 NORMS = ("sample", "batch")
 

@@ -857,7 +857,7 @@ CONFIGS_ON_DEVICE = [
 @pytest.mark.parametrize("config", CONFIGS_ON_DEVICE, ids=lambda config: "-".join(map(str, config.values())))
 def test_a_step_reads_nothing_back(config, dtype, monkeypatch):
     """The check for NaN, which is made on a CPU alone, is the only read of torch's own operations, and the test can see one."""
-    monkeypatch.setattr(sys.modules["solvers.run"], "kernel_for", lambda *given: None)
+    monkeypatch.setattr(sys.modules["solvers.loop"], "kernel_for", lambda *given: None)
     with pytest.raises(RuntimeError, match="_local_scalar_dense"):
         loop_on_device(made(seed=1, **config), dtype)
     monkeypatch.setattr(

@@ -28,7 +28,7 @@ from solvers.kernels import InC
 from solvers.methods import BUILDS
 from solvers.rows import Stepper
 
-RUN = sys.modules["solvers.run"]
+LOOP = sys.modules["solvers.loop"]
 KINDS = ("noise", "data", "velocity")
 WAYS = {"fused": True, "eager": False}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -274,7 +274,7 @@ def test_sizes_around_a_block(shape):
 
 
 def test_samples_without_elements_on_an_accelerator(monkeypatch):
-    monkeypatch.setattr(RUN, "_is_read_late", lambda x: True)
+    monkeypatch.setattr(LOOP, "_is_read_late", lambda x: True)
     assert sv.run(plan_of("ddim"), wavy, randn(5, 0)).shape == (5, 0)
 
 
@@ -991,8 +991,8 @@ def in_triton(monkeypatch):
     """fused=True takes the Triton kernel for a state on the CPU, and outputs are read late, as on CUDA."""
     from solvers.rows_triton import InTriton
 
-    monkeypatch.setattr(RUN, "kernel_for", lambda x, fused, *others: InTriton(x) if fused else None)
-    monkeypatch.setattr(RUN, "_is_read_late", lambda x: True)
+    monkeypatch.setattr(LOOP, "kernel_for", lambda x, fused, *others: InTriton(x) if fused else None)
+    monkeypatch.setattr(LOOP, "_is_read_late", lambda x: True)
 
 
 @interpreted

@@ -352,7 +352,7 @@ def test_one_path_over_the_rows_is_refused_as_corrections_draw_too():
 @pytest.mark.parametrize("bad", [0, 5, 9])
 def test_an_output_that_is_not_finite_is_reported_with_its_row(bad, late, monkeypatch):
     if late:
-        monkeypatch.setattr(sys.modules["solvers.run"], "_is_read_late", lambda x: True)
+        monkeypatch.setattr(sys.modules["solvers.loop"], "_is_read_late", lambda x: True)
     model = Counted(net)
     model.answer = lambda x, t: net(x, t) * (math.nan if len(model.times) == bad + 1 else 1.0)
     row = bad // 2

@@ -39,6 +39,7 @@ ROOMS = [
     "rows_triton",
     "kernels",
     "rows",
+    "loop",
     "run",
     "graph",
     "langevin",

@@ -498,7 +498,7 @@ def test_a_stochastic_run_shows_its_progress(capsys):
 @pytest.mark.parametrize("bad", [0, 2, -1])
 def test_an_output_that_is_not_finite_is_reported_in_its_row(bad, name, late, monkeypatch):
     if late:
-        monkeypatch.setattr(sys.modules["solvers.run"], "_is_read_late", lambda x: True)
+        monkeypatch.setattr(sys.modules["solvers.loop"], "_is_read_late", lambda x: True)
     plan = made(name)
     bad = bad % plan.nfe
     row = int(plan.is_called.nonzero()[bad])

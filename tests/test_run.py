@@ -97,7 +97,7 @@ def test_no_graph_unless_asked():
 @pytest.fixture
 def read_late(monkeypatch):
     """The executor as on an accelerator, where nothing is read back before the last row."""
-    monkeypatch.setattr(sys.modules["solvers.run"], "_is_read_late", lambda x: True)
+    monkeypatch.setattr(sys.modules["solvers.loop"], "_is_read_late", lambda x: True)
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -23,13 +23,13 @@ from solvers.adapters.configs import (
 from solvers.adapters.steps import Run
 from solvers.arguments import choice, number, numbers, whole
 from solvers.discrete import Discrete
+from solvers.loop import State, execute
 from solvers.methods import BUILDS
 from solvers.methods.unipc import first_calls, recommended_for
 from solvers.noise import Source, noised, per_sample
 from solvers.plan import Plan
 from solvers.predictions import Model
 from solvers.rows import rows_of
-from solvers.run import State, execute
 from solvers.schedules import Flow, Schedule
 
 try:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from solvers.arguments import number
 from solvers.discrete import Discrete
+from solvers.loop import State
 from solvers.plan import Plan
 from solvers.rows import Row
-from solvers.run import State
 from solvers.schedules import Flow
 
 
