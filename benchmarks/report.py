@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import plots
 import tables
-from lines import unique
+from lines import is_ours, unique
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from records import Adaptive, Build, EndToEnd, Growth, Law, Record, Step, WorkPrecision, read
@@ -111,7 +111,9 @@ def tables_of(records: Sequence[Record], columns: Sequence[int]) -> dict[str, tu
         made["step"] = steps, tables.step_table(steps)
     if runs := of(records, WorkPrecision):
         made["work_precision"] = runs, tables.error_table(runs, columns)
-        made["ratios"] = runs, tables.ratio_table(runs)
+        ours = [r for r in runs if is_ours(r.method)]  # peers have grids of their own
+        if ours:
+            made["ratios"] = ours, tables.ratio_table(ours)
     laws = of(records, Law)
     if exact := [r for r in laws if r.kl is not None]:
         made["laws"] = exact, tables.law_table(exact)
@@ -126,7 +128,7 @@ def tables_of(records: Sequence[Record], columns: Sequence[int]) -> dict[str, tu
         made["growth"] = growth, tables.growth_table(growth)
     if runs := of(records, EndToEnd):
         made["end_to_end"] = runs, tables.end_to_end_table(runs)
-    if of(records, Build, EndToEnd):
+    if of(records, Step, Build, EndToEnd):
         made["targets"] = records, tables.target_table(records)
     return made
 

@@ -52,6 +52,7 @@ SLOW, FEWEST = (
     4,
 )  # a loop of more than SLOW times addcmul_'s takes part in as many fewer rounds, but in FEWEST
 # what is to be seen of the records: shape, loop, over which, at most
+MOST_MICROSECONDS = 15.0  # a call of USUAL at the first of these shapes, beyond the bare loop
 TARGETS = (
     ((1, 4, 64, 64), USUAL, "k-diffusion dpmpp_2m", 1 / 5),
     ((1, 4, 64, 64), USUAL, "diffusers DPM++ 2", 1 / 15),

@@ -26,7 +26,8 @@ from lines import (
     unique,
 )
 from records import Adaptive, Build, EndToEnd, Growth, Law, Record, Step, WorkPrecision
-from step import ADD, IDEAL
+from step import ADD, IDEAL, MOST_MICROSECONDS, TARGETS
+from step import USUAL as LOOP
 from step import ratios as step_ratios
 
 from solvers.comparison import price
@@ -298,15 +299,23 @@ def targets(records: Sequence[Record]) -> list[Target]:
     ratios: dict[tuple[str, bool], list[float]] = {}
     for r in runs:
         ratios.setdefault((r.executor, r.parameters >= LARGE), []).append(r.ratio)
+    calls = [r for r in records if isinstance(r, Step)]
+    parts = {"between": "between calls", "whole": "whole runs"}
     steps = [
         Target(
-            f"{row['method']} / {row['over']} at {shaped(row['shape'])}, between calls",
-            [row["between"]],
+            f"{row['method']} / {row['over']} at {shaped(row['shape'])}, {words}",
+            [row[part]],
             row["at most"],
             ".3f",
         )
-        for row in step_ratios([r for r in records if isinstance(r, Step)])
+        for row, (part, words) in product(step_ratios(calls), parts.items())
     ]
+    small = [r for r in calls if r.method == LOOP and tuple(r.shape) == TARGETS[0][0]]
+    for words, field in (("between calls", "between"), ("of whole runs", "best")):
+        micro = [1e6 * getattr(r, field) for r in small]
+        steps.append(
+            Target(f"{LOOP} at {shaped(TARGETS[0][0])}: µs a call, {words}", micro, MOST_MICROSECONDS, ".1f")
+        )
     syncs = [r.loop_syncs for r in runs if r.loop_syncs is not None]
     large = ("run / bare calls of a large network", MOST_LARGE)
     return [
