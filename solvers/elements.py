@@ -1,7 +1,10 @@
 """All elements of a sample: as one dimension, inner products over them, and how they lie in memory."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def elements(x: Tensor, first: int = 1) -> Tensor:
@@ -16,6 +19,11 @@ def inner(u: Tensor, v: Tensor, x: Tensor) -> Tensor:
 
 def laid_like(x: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
     """t, or a copy of it that lies in memory as x does, element by element, in that dtype."""
-    if t.stride() == x.stride() and t.dtype == dtype:
+    if t.stride() == x.stride() and t.dtype == dtype and not t.is_neg() and type(t) in (Tensor, Parameter):
         return t
     return torch.empty_like(x, dtype=dtype).copy_(t)
+
+
+def largest(m: Tensor) -> Tensor:
+    """The largest absolute value of each sample, [B]; NaN and infinity survive it."""
+    return torch.linalg.vector_norm(m, ord=math.inf, dim=tuple(range(1, m.ndim))) if m.ndim > 1 else m.abs()

@@ -20,7 +20,7 @@ WARM_UPS = (
 
 
 class Sampler:
-    """`run` of one plan and model for one shape; made by `compiled_sampler`.
+    """`run` of one plan and model for one shape; made by `compiled_sampler`. One thread and one stream at a time may call it.
 
     Attributes:
         captured: whether calls replay a CUDA graph; False where the plan runs call by call.
@@ -44,15 +44,17 @@ class Sampler:
             for i, row in enumerate(self._rows)
             if plan.is_stochastic and (last[i] >= i or row.variance)
         }
+        caches = torch.is_autocast_cache_enabled()
         with torch.cuda.device(x.device), torch.inference_mode(False):
-            self._warm_up()
+            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
             try:
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
-                    self._end = self._loop()
-                self.captured = True
-            except RuntimeError as error:  # as the driver says it
-                self._warn(f"the network could not be captured ({error!s:.300})")
+                torch.set_autocast_cache_enabled(False)  # a graph would read its memory when that is gone
+                with torch.cuda.stream(aside):
+                    self._capture(aside)
+            finally:
+                torch.set_autocast_cache_enabled(caches)
+            here.wait_stream(aside)
 
     def __call__(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """What `run` gives for this start and noise, to rounding.
@@ -63,7 +65,7 @@ class Sampler:
 
         Raises:
             ValueError: another shape, dtype or device; a stochastic plan has no noise.
-            NonFiniteError: an output was not finite, if `check`.
+            NonFiniteError: the samples are not finite, if `check`; it says in which call an output was not.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is {type(x).__name__}: expected a torch.Tensor")
@@ -99,16 +101,21 @@ class Sampler:
             check=check, fused=self.fused,
         )  # fmt: skip
 
-    def _warm_up(self) -> None:
-        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                self._loop()
-        here.wait_stream(aside)
+    def _capture(self, stream: torch.cuda.Stream) -> None:
+        for _ in range(WARM_UPS):
+            self._loop()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                self._end = self._loop()
+        except RuntimeError as error:  # of the driver, after what the network did
+            del self._rows, self._draws
+            self._warn(f"the network could not be captured ({error.__context__ or error!s:.300})", 5)
+            return
+        self._graph, self.captured = graph, True
 
-    def _warn(self, reason: str) -> None:
-        warnings.warn(f"{reason}: the sampler runs the plan call by call", stacklevel=4)
+    def _warn(self, reason: str, level: int = 4) -> None:
+        warnings.warn(f"{reason}: the sampler runs the plan call by call", stacklevel=level)
 
 
 def _has_graphs(x: Tensor) -> bool:
@@ -128,9 +135,9 @@ def compiled_sampler(
 
     For small networks, whose kernels take less time than Python takes to launch them. The graph keeps the memory of one run, and of the noise of
     a stochastic plan one state a draw. The network is called some times while it is made, and never again by Python: what it reads must stay
-    where it is, and code that depends on values on the device, or copies from the host, cannot be captured. Where that is so, or off CUDA, a
-    warning says why, and the sampler runs the plan call by call.
-    Under autocast make it and call it in torch.autocast(..., cache_enabled=False).
+    where it is, on the device too, and code that depends on values on the device cannot be captured. Where that is so, or off CUDA, a
+    warning says why, and the sampler runs the plan call by call; torch itself may be the worse for a failed capture (before 2.13 its
+    generators and its allocator were), so do not count on it. Autocast is what it was when the sampler was made.
 
     Args:
         plan: the table.

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from solvers.elements import laid_like
 
 REALS = {torch.float32: ("float", "FLT_MAX"), torch.float64: ("double", "DBL_MAX")}
-FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-lm")
+FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 TUNED = (
     ("-march=native", "-mprefer-vector-width=512"),
     ("-march=native",),
@@ -53,7 +54,7 @@ class Kernel(Protocol):
     ) -> bool:
         """out <- w[0] x + w[1] m + sum_k w[4 + k] terms[k];  kept <- w[2] x + w[3] m, if there is one; with w = table[row].
 
-        out may be x, and kept one of the terms; all but m lie in memory as x does. Returns whether m is finite, or sets flags [B] to infinity where a sample of m is not.
+        out may be x, and kept one of the terms; all but m lie in memory as x does. Returns whether m is finite, or makes flags [B] infinite or NaN where a sample of m is not.
         """
 
 
@@ -71,10 +72,14 @@ def kernel_for(
     Raises:
         RuntimeError: fused is True, but there is no compiler, no Triton, or another device.
     """
-    if fused is False or (type(x) is not Tensor and not fused):
+    if fused is False:
         return None
-    if type(x) is not Tensor:
-        raise RuntimeError(f"fused = True with x a {type(x).__name__}: expected a plain tensor")
+    if type(x) is not Tensor or forward_ad._current_level >= 0:
+        if fused:
+            raise RuntimeError(
+                "fused = True: expected x to be a plain tensor, and no forward-mode derivatives"
+            )
+        return None
     if x.device.type == "cpu":
         with COMPILING:
             function = "rows.c keeps outputs in the state's dtype" if history else _compiled(x.dtype)
@@ -90,7 +95,7 @@ def kernel_for(
 
         return InTriton(x)
     raise RuntimeError(
-        f"fused = True with x on {x.device}: expected a CPU with a C compiler, or CUDA with Triton (pip install triton); leave it out for "
+        f"fused = True with x on {x.device}: expected a CPU with a C compiler, or CUDA with Triton 3.2 or newer (pip install triton); leave it out for "
         "torch's own operations"
     )
 
@@ -136,9 +141,18 @@ class InC:
         )
         if self.pool is None:
             return not self.function(0, self.size, *given)
-        others = [self.pool.submit(self.function, *span, *given) for span in self.spans[1:]]
-        found = [self.function(*self.spans[0], *given), *(other.result() for other in others)]
-        return not any(found)
+        here, others, alive = self.spans[:1], [], (table, x, m, out, kept, *terms)
+        for span in self.spans[1:]:
+            try:
+                others.append(self.pool.submit(self._share, span, given, alive))
+            except RuntimeError:  # the interpreter is on its way out
+                here.append(span)
+        found = [self.function(*span, *given) for span in here]
+        return not any([*found, *(other.result() for other in others)])
+
+    def _share(self, span: tuple[int, int], given: Any, alive: tuple) -> int:
+        """A part of the pass, which keeps its memory alive should the thread that asked for it be interrupted."""
+        return self.function(*span, *given)
 
 
 @cache

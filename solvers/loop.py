@@ -1,6 +1,5 @@
 """The loop: one network call and one row after another; what a run is between two of them."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from solvers.elements import laid_like
+from solvers.elements import laid_like, largest
 from solvers.kernels import kernel_for
 from solvers.noise import Source, drawn
 from solvers.plan import Plan
@@ -117,7 +116,7 @@ def execute(
     stepper = Stepper(kernel, callback is None, at_once, history)
     dtype = state.input_dtype or x.dtype
     given = None if grad else _memory_for_inputs(rows[state.call : stop], x, dtype)
-    norms, made = [_norm(x)] if late else [], []
+    norms, made = [largest(x)] if late else [], []
     marks = late and kernel is not None and kernel.marks
     flags: Sequence[Tensor | None] = x.new_zeros(stop, len(x)).unbind() if marks else [None] * stop
     numbers: Iterable[int] = range(state.call, stop)
@@ -131,24 +130,26 @@ def execute(
             m, second = called(plan, model, row, x, i, dtype, grad, given)
             if late:
                 flag = flags[i]
-                norms.append(_norm(m.detach()) if flag is None else flag)
+                norms.append(largest(m.detach()) if flag is None else flag)
                 made.append(i)
             if row.variance and second is not None:
                 if late:
-                    norms.append(_norm(second.detach()))
+                    norms.append(largest(second.detach()))
                     made.append(i)
                 elif at_once and not is_finite(second.detach()):
-                    raise _non_finite(plan, i, _norm(second.detach()), state_was_finite=is_finite(x.detach()))
+                    raise _non_finite(
+                        plan, i, largest(second.detach()), state_was_finite=is_finite(x.detach())
+                    )
                 deviation = deviation_of(row.variance, model.variance, x, m, second)
         if grad or row.as_formula:
             if at_once and m is not None and not is_finite(m.detach()):
-                raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=is_finite(x.detach()))
+                raise _non_finite(plan, i, largest(m.detach()), state_was_finite=is_finite(x.detach()))
             x = combined(row, x, m, outputs, draws, i)
         else:
             new = stepper(row, x, m, outputs, draws, i, flags[i])
             if new is None:
                 assert m is not None
-                raise _non_finite(plan, i, _norm(m.detach()), state_was_finite=is_finite(x))
+                raise _non_finite(plan, i, largest(m.detach()), state_was_finite=is_finite(x))
             x = new
         if deviation is not None:
             x = x + deviation * draws[i] if grad else x.addcmul_(deviation, draws[i])
@@ -159,7 +160,7 @@ def execute(
     if norms and not torch.stack(norms).isfinite().all():  # the one read-back
         first = next(k for k, norm in enumerate(norms) if not norm.isfinite().all())
         call = made[max(first - 1, 0)] if made else state.call
-        raise _non_finite(plan, call, norms[first], state_was_finite=first > 0)
+        raise _non_finite(plan, call, norms[first], state_was_finite=None if first else False)
     return x
 
 
@@ -173,19 +174,18 @@ def _is_read_late(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
-def _norm(m: Tensor) -> Tensor:
-    """The largest absolute value of each sample, [B]; NaN and infinity survive it."""
-    return torch.linalg.vector_norm(m.reshape(len(m), -1), ord=math.inf, dim=1)
-
-
-def _non_finite(plan: Plan, call: int, norms: Tensor, state_was_finite: bool) -> NonFiniteError:
+def _non_finite(plan: Plan, call: int, norms: Tensor, state_was_finite: bool | None) -> NonFiniteError:
     samples = (~norms.isfinite()).nonzero().flatten().tolist()
     time, half_logsnr = plan.times[call].item(), plan.half_logsnr[call].item()
-    blame = "is finite" if state_was_finite else "is not finite either"
+    blames: dict[bool | None, str] = {
+        True: "the x it was given is finite",
+        False: "the x it was given is not finite either",
+    }
+    blame = blames.get(state_was_finite, "all outputs before it are finite")
     shown = ", ".join(map(str, samples[:10])) + (", ..." if len(samples) > 10 else "")
     return NonFiniteError(
         f"the model's output is not finite in {_unit(plan)} {call} of {plan.rows} (t = {time:g}, half log-SNR = {half_logsnr:g}) for "
-        f"samples [{shown}]; the x it was given {blame}",
+        f"samples [{shown}]; {blame}",
         call,
         time,
         half_logsnr,

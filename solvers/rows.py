@@ -64,7 +64,9 @@ def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
         )
 
     def weights(table: Tensor) -> list:
-        return list(table if like is None else table.to(like)) if formula else table.tolist()
+        if not formula:
+            return table.tolist()
+        return list(table if like is None else table.to(like.device, like.dtype, non_blocking=True))
 
     pattern = plan.pattern
     called, last = pattern.called, pattern.last
@@ -253,7 +255,7 @@ class Stepper:
         if self.kernel and self.reuse:
             self.free += spent  # read before they are written
         kept = self._memory(x) if row.keep else None
-        wide = kept if kept is None or kept.dtype == x.dtype else torch.empty_like(x)
+        wide = kept if kept is None or self.kernel or kept.dtype == x.dtype else torch.empty_like(x)
         new = x if self.reuse else torch.empty_like(x)
         if self.kernel and row.packed is not None:
             finite = (

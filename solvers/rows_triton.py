@@ -1,6 +1,5 @@
 """A row in one pass over the memory of a CUDA device, in Triton; imported where it is asked for."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from solvers.elements import laid_like
+from solvers.elements import laid_like, largest
 
 BLOCK = 1024  # elements of one program
 
@@ -36,7 +35,7 @@ def one_pass(
 
 
 class InTriton:
-    """The kernel for states like x; m and terms may be of half precision."""
+    """The kernel for states like x; terms may be of half precision."""
 
     marks = True
 
@@ -58,11 +57,13 @@ class InTriton:
     ) -> bool:
         """See `Kernel` of kernels.py."""
         if flags is not None and not self.in_order:
-            flags = flags.copy_(torch.linalg.vector_norm(m.flatten(1), ord=math.inf, dim=1))
+            flags = flags.copy_(largest(m))
         m = laid_like(x, m, m.dtype)
-        one_pass[(triton.cdiv(self.size, BLOCK),)](
-            table, row * table.stride(0), x, m, out, x if kept is None else kept, x if flags is None else flags, tuple(terms),
-            self.size, self.per_sample,
-            COUNT=len(terms), KEEPS=kept is not None, FLAGS=flags is not None and self.in_order, BLOCK=BLOCK,
-        )  # fmt: skip
+        programs = triton.cdiv(self.size, BLOCK)
+        with torch.cuda.device_of(x):
+            one_pass[(programs,)](
+                table, row * table.stride(0), x, m, out, x if kept is None else kept, x if flags is None else flags,
+                tuple(terms), self.size, self.per_sample, COUNT=len(terms), KEEPS=kept is not None,
+                FLAGS=flags is not None and self.in_order, BLOCK=BLOCK, enable_fp_fusion=True,
+            )  # fmt: skip
         return True

@@ -101,7 +101,7 @@ def trajectory(
 ) -> Tensor:
     """Execute a plan and keep the state at every time: [N+1, B, ...]. Arguments and errors as for `run`."""
     states = [started(x).x]
-    if len(x) == 0:
+    if x.numel() == 0:
         return states[0].expand(plan.rows + 1, *x.shape).clone()
     run(plan, model, x, noise, callback=lambda state: states.append(state.x), progress=progress)
     return torch.stack(states)
@@ -187,6 +187,11 @@ def _resumed(plan: Plan, state: State) -> State:
             if last >= state.call and n not in held:
                 raise ValueError(
                     f"the state lacks the {name} {n}, which row {last} reads: it is of another plan"
+                )
+        for n, v in held.items():
+            if (v.shape, v.device) != (state.x.shape, state.x.device):
+                raise ValueError(
+                    f"the state's {name} {n} has shape {list(v.shape)} on {v.device}: expected {list(state.x.shape)} on {state.x.device}, like its x"
                 )
     return state.clone()
 

@@ -310,7 +310,17 @@ def test_drawing_makes_images_and_fills_the_document(scripts, results, tmp_path)
     document = tmp_path / "benchmarks.md"
     places = [
         f"<!-- report.py: begin {name} -->\nold\n<!-- report.py: end {name} -->"
-        for name in ("targets", "headline", "step", "work_precision", "ratios", "laws", "samples", "prices", "kept")
+        for name in (
+            "targets",
+            "headline",
+            "step",
+            "work_precision",
+            "ratios",
+            "laws",
+            "samples",
+            "prices",
+            "kept",
+        )
     ]
     document.write_text("\n\n".join(["# Title", *places, "last line"]))
     scripts["report"].main(

@@ -275,7 +275,7 @@ def spoiling(value, call):
 def test_the_error_names_call_and_samples(value, layout, fused):
     for name, call in (("ddim", 0), ("adams_data_4", 3), ("ddim", 5)):
         plan = plan_of(name)
-        said = rf"call {call} of {plan.rows} .*samples \[1, 2\]; the x it was given is finite"
+        said = rf"call {call} of {plan.rows} .*samples \[1, 2\]; all outputs before it are finite"
         with pytest.raises(sv.NonFiniteError, match=said) as caught:
             sv.run(plan, spoiling(value, call), LAYOUTS[layout](randn()).cuda(), fused=fused)
         assert (caught.value.call, caught.value.samples) == (call, [1, 2])

@@ -174,7 +174,7 @@ class Graph:
 
 
 @contextlib.contextmanager
-def capture(made):
+def capture(made, stream):
     Graph.capturing = made
     try:
         yield
@@ -397,7 +397,7 @@ def test_a_network_that_cannot_be_captured_is_run_and_the_driver_is_quoted(name,
 
 def test_a_capture_that_the_driver_refuses_at_its_end(pretended, monkeypatch):
     @contextlib.contextmanager
-    def refuse(made):
+    def refuse(made, stream):
         yield
         raise RuntimeError("CUDA error: capture was invalidated " + "x" * 1000)
 
