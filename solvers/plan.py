@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
+from operator import gt, lt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +85,9 @@ class Plan:
             object.__setattr__(self, "c", self.a.new_zeros(len(self.a), 0))
         self._check_shapes()
         self._check_values()
-        self._check_reach("b", self.b)
-        self._check_reach("c", self.c)
+        for name, array in (("b", self.b), ("c", self.c)):
+            if array.shape[1] > 1:  # with one column each row reads its own
+                self._check_reach(name, array)
         self._check_consistency()
 
     @property
@@ -116,7 +118,7 @@ class Plan:
     @property
     def is_stochastic(self) -> bool:
         """Whether a run draws noise."""
-        return any(self.pattern.draws) or bool((self.variances != 0).any())
+        return bool((self.c != 0).any() or (self.variances != 0).any())
 
     @property
     def element_shape(self) -> tuple[int, ...]:
@@ -388,7 +390,8 @@ class Plan:
         off = (values - expected).abs() > CONSISTENCY * torch.maximum(terms.abs().amax(2), expected.abs())
         if not off.any():
             return
-        off[1::2] &= ~((self.c != 0).any(1) | (self.variances != 0).any(-1))  # noise takes the place of sigma
+        if self.is_stochastic:  # noise takes the place of sigma
+            off[1::2] &= ~((self.c != 0).any(1) | (self.variances != 0).any(-1))
         gap = off.unflatten(0, (-1, 2)).any(1).all(0)
         if gap.any():
             i = int(gap.nonzero()[0])
@@ -483,9 +486,11 @@ def fold(x_weights: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.where(
         x_weights == 0, 0.0, x_weights / before
     )  # 0 / 0 where all memory is lost within the step
-    rest = weights - ratio[:, :, None] * torch.cat([torch.zeros_like(weights[:, :1]), weights[:, :-1]], 1)
-    k, j = _positions(stages, stages)
-    b = torch.where(j <= k, rest[:, k, (k - j).clamp(min=0)], 0.0)
+    rest = weights.clone()
+    rest[:, 1:] -= ratio[:, 1:, None] * weights[:, :-1]
+    k, j = torch.tril_indices(stages, stages, device="cpu")
+    b = torch.zeros_like(rest)
+    b[:, k, k - j] = rest[:, k, j]
     return ratio.reshape(steps * stages), b.reshape(steps * stages, stages)
 
 
@@ -569,8 +574,8 @@ def _last(read: list[list[int]]) -> list[int]:
 def _turns(times: Tensor) -> int:
     """How many steps go against the way from the first time to the last."""
     values = times.tolist()
-    way = 1 if values[-1] <= values[0] else -1
-    return sum(way * t > way * s for s, t in pairwise(values))
+    against = lt if values[-1] <= values[0] else gt
+    return sum(map(against, values, values[1:]))
 
 
 def _positions(rows: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import choice, positive
-from solvers.grids import on_grid
+from solvers.grids import given
 from solvers.phi import phis
 from solvers.schedules import Schedule
 
@@ -40,18 +40,18 @@ class Levels:
     @staticmethod
     def at(schedule: Schedule, times: Tensor, clock: Clock | None = None) -> "Levels":
         """The levels of a schedule at some times."""
-        return Levels._with(schedule, times, schedule.half_logsnr(times), clock)
-
-    @staticmethod
-    def of(schedule: Schedule, times: Tensor, clock: Clock | None = None) -> "Levels":
-        """The levels on a grid, once `given` has checked it."""
-        return Levels._with(schedule, *on_grid(schedule, times), clock)
-
-    @staticmethod
-    def _with(schedule: Schedule, times: Tensor, lam: Tensor, clock: Clock | None) -> "Levels":
+        lam = schedule.half_logsnr(times)
         return Levels(
             times, schedule.alpha(times), schedule.sigma(times), lam, None if clock is None else clock(lam)
         )
+
+    @staticmethod
+    def of(schedule: Schedule, times: Tensor, clock: Clock | None = None) -> "Levels":
+        """The levels on a grid, once `given` has checked it. Half log-SNR is that of alpha and sigma, as of a plan's, to the last digit."""
+        times = given(schedule, times)
+        alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+        lam = torch.log(alpha) - torch.log(sigma)
+        return Levels(times, alpha, sigma, lam, None if clock is None else clock(lam))
 
     @staticmethod
     def at_time(schedule: Schedule, t: float) -> "Levels":
@@ -198,8 +198,8 @@ class Form:
             return self._clocked_moments(s, t, degree)
         places, mass = self._quadrature(schedule, s, t, h, total)
         start, end = self.place(s)[:, None], self.place(t)[:, None]
-        ratio = ((places - start) / (end - start))[:, None]
-        return (mass[:, None] * ratio ** powers[:, None]).sum(2)
+        ratio = ((places - start) / (end - start))[:, None].expand(-1, degree, -1)
+        return (mass[:, None] * ratio.cumprod(1)).sum(2)
 
     def _clocked_moments(self, s: Levels, t: Levels, degree: int) -> Tensor:
         """The same for data form under a clock and powers of rho: by parts, so that tau itself is not asked for.
@@ -209,7 +209,7 @@ class Form:
         assert (self.predicts, self.variable) == ("data", "sigma")
         assert self.clock is not None
         assert t.clock is not None
-        points, weights = (torch.from_numpy(v).to(t.sigma) for v in GAUSS)
+        points, weights = GAUSS_TENSORS
         lam = s.half_logsnr[:, None] + points * (t.half_logsnr - s.half_logsnr)[:, None]
         start, end, rho = self.place(s)[:, None], self.place(t)[:, None], torch.exp(-lam)
         ratio = (rho - start) / (end - start)
@@ -227,17 +227,21 @@ class Form:
         self, schedule: Schedule | None, s: Levels, t: Levels, h: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The variable and norm_t du at the Gauss points of each step, [steps, points]."""
-        points, weights = (torch.from_numpy(v).to(h) for v in GAUSS)
-        finite = h.isfinite()[:, None]
-        start, length = (torch.where(finite, v[:, None], 1.0) for v in (s.half_logsnr, h))
-        first, last = self.natural(s)[:, None], self.natural(t)[:, None]
-        u = first + points * (last - first)
-        inside = torch.log(u) if self.predicts == "data" else self.half_logsnr(NATURAL[self.predicts], u)
-        lam = torch.where(finite, start + points * length, inside)
+        points, weights = GAUSS_TENSORS
+        start, length, end = (v[:, None] for v in (s.half_logsnr, h, t.half_logsnr))
+        finite = length.isfinite()
+        is_regular = bool(finite.all())
+        if not is_regular:
+            start, length, end = (torch.where(finite, v, 1.0) for v in (start, length, end))
+        lam = start + points * length
+        if not is_regular:
+            first, last = self.natural(s)[:, None], self.natural(t)[:, None]
+            u = first + points * (last - first)
+            inside = torch.log(u) if self.predicts == "data" else self.half_logsnr(NATURAL[self.predicts], u)
+            lam = torch.where(finite, lam, inside)
         if self.predicts == "velocity":
             kernel = -self.norm(t)[:, None] / 2 / torch.cosh(lam + math.log(self.scale))
         else:
-            end = torch.where(finite, t.half_logsnr[:, None], 0.0)
             kernel = self.slope(t)[:, None] * torch.exp(RATE[self.predicts] * (end - lam))
         mass = weights * torch.where(finite, length * kernel, total[:, None])
         if self.variable == "half_logsnr":
@@ -249,9 +253,12 @@ class Form:
             return rho, mass
         return (torch.asinh if self.variable == "asinh" else torch.atan)(rho / self.scale), mass
 
-    def is_infinite(self, levels: Levels) -> Tensor:
-        """Whether the natural time or the variable is infinite at either end of a step, which is then taken with order 1, [steps]."""
-        return touched(~(self.natural(levels).isfinite() & self.place(levels).isfinite()))
+    def is_infinite(self, levels: Levels) -> list[bool]:
+        """Whether the natural time or the variable is infinite at each level; a step from or to there is taken with order 1."""
+        no_data = self.predicts == "noise" or self.variable in ("half_logsnr", "sigma", "asinh")
+        no_noise = self.predicts == "data" or self.variable == "half_logsnr"
+        weights = zip(levels.alpha.tolist(), levels.sigma.tolist(), strict=True)
+        return [(no_data and alpha == 0) or (no_noise and sigma == 0) for alpha, sigma in weights]
 
 
 def elapsed(s: Levels, t: Levels) -> Tensor:
@@ -285,7 +292,12 @@ def noise_weight(form: Form, s: Levels, t: Levels) -> Tensor:
 
 def refuse_upwards(levels: Levels) -> None:
     """Methods that add noise go from noise to data."""
-    if (levels.half_logsnr.diff() < 0).any():
+    refuse_falling(levels.half_logsnr)
+
+
+def refuse_falling(half_logsnr: Tensor) -> None:
+    """The same, told by half log-SNR."""
+    if (half_logsnr.diff() < 0).any():
         raise ValueError(
             "the times go from data to noise, where a stochastic method has no noise to add: encode with an ODE method, e.g. ddim"
         )
@@ -320,6 +332,7 @@ def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
 
 
 GAUSS = _gauss_legendre()
+GAUSS_TENSORS = tuple(torch.from_numpy(v) for v in GAUSS)
 
 
 def interpolatory(ratios: Tensor, moments: Tensor) -> Tensor:
@@ -334,7 +347,7 @@ def interpolatory(ratios: Tensor, moments: Tensor) -> Tensor:
         [rows, q, *D].
     """
     has, q = ratios != 0, ratios.shape[1]
-    powers = ratios[:, None, :] ** torch.arange(1, q + 1, device="cpu")[:, None]
+    powers = ratios[:, None, :].expand(-1, q, -1).cumprod(1)
     table = torch.where(has[:, :, None], powers, torch.eye(q, dtype=torch.float64, device="cpu"))
     wanted = torch.where(has[:, :, None], moments[..., None].flatten(2), 0.0)
     return torch.linalg.solve(table, wanted).reshape(moments.shape)

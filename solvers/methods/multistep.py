@@ -246,7 +246,7 @@ def adams(
 ) -> Plan:
     """Adams rows behind a ramp or a singlestep start; see `adams_on`."""
     levels = Levels.of(schedule, times)
-    rows, _, _ = adams_on(schedule, levels, order, form, start, final, variant, starting)
+    rows, *_ = adams_on(schedule, levels, order, form, start, final, variant, starting)
     return rows.plan(form.predicts, form.scale)
 
 
@@ -259,8 +259,9 @@ def adams_on(
     final: str,
     variant: str,
     starting: tuple[int, int] | None,
-) -> tuple[Piece, Tensor, list[int]]:
-    """The rows of Adams steps behind a ramp or a singlestep start, the number of each step's first call, [steps], and the orders.
+    corrector: bool = False,
+) -> tuple[Piece, Tensor, list[int], Tensor]:
+    """Adams steps behind a ramp or a singlestep start.
 
     Args:
         schedule: noise schedule.
@@ -271,11 +272,16 @@ def adams_on(
         final: "full" | "lower".
         variant: weight of the past call in rows of order 2; see `first_moment`.
         starting: (steps, order) of a singlestep start, if not (p - 1, p - 1).
+        corrector: whether the weights of the correctors of `corrected_steps` are asked for.
+
+    Returns:
+        (rows, calls, corrected, corrections): the rows; the number of each step's first call, and behind them all, [steps + 1];
+        the steps that have a corrector, and its weights, as `adams_tables` has them.
     """
     choice("start", start, STARTS)
     choice("final", final, FINALS)
     steps = len(levels.times) - 1
-    calls, orders = torch.arange(steps, device="cpu"), orders_of_steps(levels, form, order, final)
+    calls, orders = torch.arange(steps + 1, device="cpu"), orders_of_steps(levels, form, order, final)
     started, start_order = (0, 0) if start == "ramp" or order < 3 else starting or (order - 1, order - 1)
     if started:
         if start_order >= MAX_STARTED:
@@ -288,15 +294,16 @@ def adams_on(
         head = stages(schedule, levels[: started + 1], singlestep_tableau(start_order), place)
         made = [1 if first_order else start_order for first_order in lowered[:started]]
         first = accumulate([*made, *[1] * (steps - started)], initial=0)
-        calls = torch.tensor([*first][:-1], device="cpu")
+        calls = torch.tensor([*first], device="cpu")
         if started == steps:
-            return head, calls, orders
+            return head, calls, [], head.b[:0]
 
-    a, weights = adams_rows(schedule, form, levels, orders[started:], variant)
+    some = corrected_steps(form, levels, calls) if corrector else []
+    a, weights, corrections = adams_tables(schedule, form, levels, orders, started, some, variant)
     if not started:
-        return rows_on(levels, a, weights), calls, orders
+        return rows_on(levels, a, weights), calls, some, corrections
     rows = rows_on(levels[started:], a, at_columns(weights, calls, started))
-    return chained([head, rows]), calls, orders
+    return chained([head, rows]), calls, some, corrections
 
 
 def rows_on(levels: Levels, a: Tensor, b: Tensor) -> Piece:
@@ -308,17 +315,53 @@ def adams_rows(
     schedule: Schedule, form: Form, levels: Levels, orders: list[int], variant: str
 ) -> tuple[Tensor, Tensor]:
     """The last len(orders) steps of a grid, each of its order: the weights of x, [rows], and of the outputs, [rows, max order]."""
-    first, most = len(levels.times) - 1 - len(orders), max(orders)
-    s = levels[first:-1]
-    a, total = form.exact_part(s, levels[first + 1 :])
-    weights = torch.cat([(total / form.unit(s))[:, None], a.new_zeros(len(a), most - 1)], 1)
-    rows = torch.tensor([i for i, order in enumerate(orders) if order > 1], device="cpu")
-    if len(rows):
-        counts = torch.tensor([order for order in orders if order > 1], device="cpu")
-        weights[rows] = adams_weights(
-            schedule, form, levels, rows + first, range(0, -most, -1), variant, counts
-        )
-    return a, weights
+    first = len(levels.times) - 1 - len(orders)
+    return adams_tables(schedule, form, levels, [1] * first + orders, first, [], variant)[:2]
+
+
+def adams_tables(
+    schedule: Schedule | None,
+    form: Form,
+    levels: Levels,
+    orders: list[int],
+    first: int,
+    corrected: list[int],
+    variant: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The steps of a grid from the first on, each of its order, and correctors of some, all in one pass.
+
+    Returns:
+        (a, b, corrections): the weights of x, [rows], and of the outputs, [rows, max order]; and those in the correctors, of
+        `corrector_nodes`, [corrected, max order + 1].
+    """
+    s, most = levels[:-1], max(orders[first:])
+    a, total = form.exact_part(s, levels[1:])
+    weights = torch.cat([(total / form.unit(s))[first:, None], a.new_zeros(len(a) - first, most - 1)], 1)
+    above = [i for i in range(first, len(orders)) if orders[i] > 1]
+    if not (above or corrected):
+        return a[first:], weights, weights[:0]
+    counts = [orders[i] for i in above] + [orders[i] + 1 for i in corrected]
+    kinds = [0] * len(above) + [1] * len(corrected)
+    steps, count, kind = torch.tensor([above + corrected, counts, kinds], device="cpu")
+    nodes = [
+        [*range(0, -max(orders) - 1, -1)],
+        corrector_nodes(max(orders)),
+    ]  # of one length, with or without
+    at = torch.tensor(nodes, device="cpu")[kind]
+    every = adams_weights(schedule, form, levels, steps, at, variant, count, total[steps])
+    weights[steps[: len(above)] - first] = every[: len(above), :most]
+    return a[first:], weights, every[len(above) :]
+
+
+def corrector_nodes(order: int) -> list[int]:
+    """The grid points that a corrector reads, counted from the one where its step begins: that, the step's end, and those before."""
+    return [0, 1, *range(-1, -order, -1)]
+
+
+def corrected_steps(form: Form, levels: Levels, ends: Tensor) -> list[int]:
+    """The steps that a corrector goes with: of one call, with one at their end, and nowhere infinite."""
+    infinite, calls = form.is_infinite(levels), ends.diff().tolist()
+    return [i for i in range(len(calls) - 1) if calls[i] == 1 and not (infinite[i] or infinite[i + 1])]
 
 
 def adams_weights(
@@ -326,9 +369,10 @@ def adams_weights(
     form: Form,
     levels: Levels,
     steps: Tensor,
-    nodes: Sequence[int],
+    nodes: Sequence[int] | Tensor,
     variant: str,
     counts: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """Weights of the outputs at some nodes that integrate their polynomial over each step.
 
@@ -337,41 +381,43 @@ def adams_weights(
         form: of the prediction, and the variable of its polynomial.
         levels: the grid.
         steps: the steps' numbers, [rows].
-        nodes: grid points, counted from the one where the step begins: 0, which takes what consistency leaves, then the others.
+        nodes: grid points, counted from the one where the step begins: 0, which takes what consistency leaves, then the others;
+            [nodes], or [rows, nodes] for each its own.
         variant: of the weight of one other node; see `first_moment`.
         counts: how many of the nodes, the first of them, each row has, [rows]; None for all.
+        total: of the steps, by `Form.exact_part`, if it is known.
 
     Returns:
         [rows, nodes].
     """
     s, t = levels[steps], levels[steps + 1]
-    _, total = form.exact_part(s, t)
-    if len(nodes) == 1:
+    total = form.exact_part(s, t)[1] if total is None else total
+    at = steps[:, None] + (nodes if isinstance(nodes, Tensor) else torch.tensor(nodes, device="cpu"))
+    size = at.shape[1]
+    if size == 1:
         return (total / form.unit(s))[:, None]
-    at = steps[:, None] + torch.tensor(nodes, device="cpu")
     if counts is None:
-        counts = steps.new_full((len(steps),), len(nodes))
-    at = torch.where(torch.arange(len(nodes), device="cpu") < counts[:, None], at, steps[:, None])
-    moments = form.moments(schedule, s, t, total, len(nodes) - 1)
-    if (two := counts == 2).any():
-        first = first_moment(form, s, t, total, moments[:, 0], variant)
+        counts = torch.full_like(steps, size)
+    at = torch.where(torch.arange(size, device="cpu") < counts[:, None], at, steps[:, None])
+    moments = form.moments(schedule, s, t, total, size - 1)
+    if variant != "vary_coeff" and (two := counts == 2).any():
+        first = first_moment(form, s, t, total, variant)
         moments[:, 0] = torch.where(two, first, moments[:, 0])
     place = form.place(levels)
-    here, there = place[steps, None], place[steps + 1, None]
-    others = interpolatory((place[at[:, 1:]] - here) / (there - here), moments)
+    places, end = place[at], place[steps + 1]
+    here = places[:, :1]
+    others = interpolatory((places[:, 1:] - here) / (end[:, None] - here), moments)
     return torch.cat([total[:, None] - others.sum(1, keepdim=True), others], 1) / form.unit(levels)[at]
 
 
-def first_moment(form: Form, s: Levels, t: Levels, total: Tensor, exact: Tensor, variant: str) -> Tensor:
+def first_moment(form: Form, s: Levels, t: Levels, total: Tensor, variant: str) -> Tensor:
     """The moment of k = 1 as a paper has it, [rows]: where one other node is in a row the moment is all that matters.
 
-    "vary_coeff" is exact; "bh2" has half the sum of the weights, B(h) = e^z - 1 (DPM-Solver multistep, 2M); "bh1" has half
+    "vary_coeff" has the exact one; "bh2" has half the sum of the weights, B(h) = e^z - 1 (DPM-Solver multistep, 2M); "bh1" has half
     of what the prediction at the end would weigh over the step, B(h) = z.
     Source: Zhao et al. 2023 (arXiv 2302.04867), section 3.
     """
-    if choice("variant", variant, VARIANTS) == "vary_coeff":
-        return exact
-    if variant == "bh2":
+    if choice("variant", variant, VARIANTS) == "bh2":
         return total / 2
     if form.variable != "half_logsnr":
         raise ValueError(
@@ -383,10 +429,10 @@ def first_moment(form: Form, s: Levels, t: Levels, total: Tensor, exact: Tensor,
 def orders_of_steps(levels: Levels, form: Form, order: int, final: str = "full") -> list[int]:
     """The order of each step: what its history allows, lowered at the end if asked, 1 where time or variable are infinite."""
     steps = len(levels.times) - 1
-    nodes = form.place(levels).isfinite().cumsum(0).tolist()
-    infinite = form.is_infinite(levels).tolist()
+    infinite = form.is_infinite(levels)
+    nodes = [*accumulate(not at for at in infinite)]
     most = [steps - i if final == "lower" else order for i in range(steps)]
-    return [1 if infinite[i] else min(order, nodes[i], most[i]) for i in range(steps)]
+    return [1 if infinite[i] or infinite[i + 1] else min(order, nodes[i], most[i]) for i in range(steps)]
 
 
 def at_columns(weights: Tensor, calls: Tensor, started: int) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from solvers.arguments import number, whole
-from solvers.grids import has_levels, karras, trailing
-from solvers.methods.exponential import Levels, refuse_upwards
+from solvers.grids import has_levels, karras, on_grid, trailing
+from solvers.methods.exponential import Levels, refuse_falling, refuse_upwards
 from solvers.methods.singlestep import heun
 from solvers.methods.unipc import calls_at
 from solvers.plan import Piece, Plan, joined, nonzero
@@ -35,14 +35,13 @@ def ancestral(schedule: Schedule, times: Tensor, method: Build = heun, eta: floa
     """
     if not 0 <= number("eta", eta) <= 1:
         raise ValueError(f"eta = {eta}: expected a number from 0 (the method itself) to 1")
-    levels = _levels(schedule, times)
+    times, lam = _grid(schedule, times)
     if not eta:
-        _check_one_step("ancestral", schedule, levels.times, method)
-        return _built(method, schedule, levels.times)
-    lam = levels.half_logsnr
+        _check_one_step("ancestral", schedule, times, method)
+        return _built(method, schedule, times)
     down = lam[1:] - torch.log1p(eta**2 * torch.expm1(-2 * lam.diff())) / 2
-    ends = torch.where(levels.sigma[1:] == 0, levels.times[1:], schedule.time(down))
-    return _renoised("ancestral", schedule, method, levels.times, levels.times[:-1], _within(schedule, ends))
+    ends = torch.where(lam[1:].isinf(), times[1:], schedule.time(down))
+    return _renoised("ancestral", schedule, method, times, times[:-1], _within(schedule, ends))
 
 
 def churn(
@@ -76,20 +75,20 @@ def churn(
             raise ValueError(f"{name} = {value}: expected a finite number from 0")
     if not 0 <= number("low", low) <= number("high", high):
         raise ValueError(f"low = {low}, high = {high}: expected times with 0 <= low <= high")
-    levels = _levels(schedule, times)
-    starts = levels.times[:-1]
+    times, lam = _grid(schedule, times)
+    starts = times[:-1]
     gamma = min(amount / len(starts), math.sqrt(2) - 1)
-    churned = (starts >= low) & (starts <= high) & levels.half_logsnr[:-1].isfinite()
+    churned = (starts >= low) & (starts <= high) & lam[:-1].isfinite()
     if not gamma or not churned.any():
-        _check_one_step("churn", schedule, levels.times, method)
-        return _built(method, schedule, levels.times)
-    noisier = schedule.time(levels.half_logsnr[:-1] - math.log1p(gamma))
+        _check_one_step("churn", schedule, times, method)
+        return _built(method, schedule, times)
+    noisier = schedule.time(lam[:-1] - math.log1p(gamma))
     if has_levels(schedule):
         count = schedule.levels  # type: ignore[attr-defined]
         noisier = (noisier * count).round() / count
     noisier = torch.where(churned, torch.maximum(noisier, starts), starts)
     begins = _within(schedule, noisier)
-    return _renoised("churn", schedule, method, levels.times, begins, levels.times[1:], noise_scale)
+    return _renoised("churn", schedule, method, times, begins, times[1:], noise_scale)
 
 
 def restart(
@@ -171,11 +170,11 @@ def _built(method: Build, schedule: Schedule, times: Tensor) -> Plan:
     return plan
 
 
-def _levels(schedule: Schedule, times: Tensor) -> Levels:
-    """The levels of a grid from noise to data."""
-    levels = Levels.of(schedule, times)
-    refuse_upwards(levels)
-    return levels
+def _grid(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor]:
+    """The times of a grid from noise to data, and half log-SNR at each."""
+    times, lam = on_grid(schedule, times)
+    refuse_falling(lam)
+    return times, lam
 
 
 def _check_one_step(name: str, schedule: Schedule, times: Tensor, method: Build) -> None:
@@ -232,10 +231,10 @@ def _at_once(
     early = nonzero(plan.b) & (torch.arange(plan.window, device="cpu") > own[:, None])
     if early.any() or plan.shift.numel() or plan.mix.numel() or plan.element_shape or not plan.consistent:
         return None
-    kept = ~adds[step] | (own == 0)
-    at = torch.cat([kept.nonzero().flatten(), first.new_tensor([plan.rows])])
+    kept = (~adds[step] | (own == 0)).nonzero().flatten()
+    at = torch.cat([kept, first.new_tensor([plan.rows])])
     t, alpha, sigma = plan.times[at], plan.alpha[at], plan.sigma[at]
-    noisy = adds[step][kept]
+    noisy = adds[step[kept]]
     a = torch.where(noisy, alpha[1:] / alpha[:-1], plan.a[kept])
     b = torch.where(noisy[:, None], 0.0, plan.b[kept])
     b = b[:, : 1 + int((b != 0).any(0).nonzero().max())]

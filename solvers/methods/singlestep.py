@@ -174,14 +174,17 @@ def textbook_stages(
             "and in the end"
         )
     every = Levels.stacked([*calls, t])  # [stages + 1, steps]
-    begins, ends = every[:-1], every[1:]
+    ends = every[1:]
     x_weights, parts = form.exact_part(s, ends)
-    scale = scale_of_weights(form, s, t, ends)
-    others = parts.new_zeros(tableau.stages, tableau.stages - 1, count)
-    for k, outputs in enumerate(weights):
-        if outputs:
-            others[k, : len(outputs)] = torch.stack([scale[k] * weight for weight in outputs])
-    table = torch.cat([(parts - others.sum(1))[:, None], others], 1) / form.unit(begins)
+    scale = scale_of_weights(form, s, t, ends, parts[-1])
+    none, stages = torch.zeros_like(s.sigma), tableau.stages
+    entries = [
+        [none, *(scale[k] * weight for weight in row), *[none] * (stages - 1 - len(row))]
+        for k, row in enumerate(weights)
+    ]
+    others = torch.stack([entry for row in entries for entry in row]).unflatten(0, (stages, stages))
+    others[:, 0] = parts - others.sum(1)  # the first output takes what consistency leaves
+    table = others / form.unit(every)[:-1]
     return calls, x_weights.T, table.permute(2, 0, 1)
 
 
@@ -204,10 +207,11 @@ def phi_of_steps(form: Form, s: Levels, t: Levels, positions: Sequence[float] = 
     return p
 
 
-def scale_of_weights(form: Form, s: Levels, t: Levels, end: Levels) -> Tensor:
-    """What multiplies a tableau's weights, of steps from s to t, in the stage at `end`, [steps]."""
+def scale_of_weights(form: Form, s: Levels, t: Levels, end: Levels, total: Tensor | None = None) -> Tensor:
+    """What multiplies a tableau's weights, of steps from s to t, in the stage at `end`, [steps]; `total` by `exact_part`, if it is known."""
     if _is_classical(form):
-        return form.exact_part(s, t)[1] / form.norm(t) * form.norm(end)
+        total = form.exact_part(s, t)[1] if total is None else total
+        return total / form.norm(t) * form.norm(end)
     return form.slope(end) * stochastic_factor(s, t) * (t.half_logsnr - s.half_logsnr)
 
 

@@ -16,6 +16,8 @@ from solvers.methods.multistep import (
     VARIANTS,
     adams_on,
     adams_weights,
+    corrected_steps,
+    corrector_nodes,
     exponential_adams,
     orders_of_steps,
 )
@@ -62,14 +64,11 @@ def unipc(
     form = Form(predicts, choice("variable", variable, PLACES), scale)
     choice("variant", variant, VARIANTS)
     levels = Levels.of(schedule, times)
-    rows, calls, orders = adams_on(schedule, levels, order, form, start, final, variant, starting)
-    if corrector:
-        ends = torch.cat([calls, calls.new_tensor([len(rows.a)])])
-        log_ratio = torch.log(levels.alpha) - torch.log(
-            levels.sigma
-        )  # to the last digit as `corrected` has it
-        levels = dataclasses.replace(levels, half_logsnr=log_ratio)
-        rows = rows._replace(b=corrected_rows(rows.a, rows.b, levels, form, ends, orders, variant))
+    rows, ends, some, weights = adams_on(
+        schedule, levels, order, form, start, final, variant, starting, corrector
+    )
+    if some:
+        rows = rows._replace(b=with_corrections(rows.a, rows.b, ends, some, weights))
     return rows.plan(predicts, form.scale)
 
 
@@ -133,19 +132,22 @@ def corrected_rows(
     a: Tensor, b: Tensor, levels: Levels, form: Form, ends: Tensor, orders: list[int], variant: str
 ) -> Tensor:
     """The b of `corrected`, for rows (a, b); see `with_corrector`."""
-    regular = ((ends.diff() == 1) & ~form.is_infinite(levels)).tolist()
-    some = [i for i, one_call in enumerate(regular[:-1]) if one_call]  # the last step has no call at its end
+    some = corrected_steps(form, levels, ends)
     if not some:
         return b
     steps, order = torch.tensor([[i, orders[i]] for i in some], device="cpu").T
-    offsets = [0, 1, *range(-1, -max(orders), -1)]
-    weights = adams_weights(None, form, levels, steps, offsets, variant, order + 1)
-    end = ends[steps + 1]
-    columns = end[:, None] - ends[(steps[:, None] + torch.tensor(offsets, device="cpu")).clamp(min=0)]
-    columns = torch.where(weights != 0, columns, 0)
+    weights = adams_weights(None, form, levels, steps, corrector_nodes(max(orders)), variant, order + 1)
+    return with_corrections(a, b, ends, some, weights)
+
+
+def with_corrections(a: Tensor, b: Tensor, ends: Tensor, corrected: list[int], weights: Tensor) -> Tensor:
+    """The b of `corrected` from the weights of the correctors of some steps."""
+    steps = torch.tensor(corrected, device="cpu")
+    end, nodes = ends[steps + 1], torch.tensor(corrector_nodes(weights.shape[1] - 1), device="cpu")
+    columns = end[:, None] - ends[(steps[:, None] + nodes).clamp(min=0)]
     change = b.new_zeros(len(b), 1 + max(b.shape[1], int(columns.max())))  # C - P of the step before each row
-    change[end] = change[end].scatter_add(1, columns, weights)
-    change[end, 1 : 1 + b.shape[1]] -= b[end - 1]
+    change[end, 1 : 1 + b.shape[1]] = -b[end - 1]
+    change.index_put_((end[:, None], columns), weights, accumulate=True)
     change *= a[:, None]
     change[:, : b.shape[1]] += b
     used = int((change != 0).any(0).nonzero().max()) + 1
@@ -231,8 +233,8 @@ def calls_of_steps(plan: Plan, times: Tensor | None) -> Tensor:
 
 def calls_at(plan: Plan, outer: list[float]) -> list[int]:
     """The same, of the times of calls that steps begin at: from the last step back, as a restart comes by an outer time again."""
-    calls, begins, row = plan.times.tolist(), [], plan.rows
+    back, begins, passed = plan.times[:-1].tolist()[::-1], [], 0
     for t in reversed(outer):
-        row -= 1 + calls[:row][::-1].index(t)
-        begins.append(row)
+        passed = back.index(t, passed) + 1
+        begins.append(plan.rows - passed)
     return begins[::-1]
