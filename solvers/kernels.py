@@ -29,7 +29,7 @@ TUNED = (
     (),
 )  # the first that the compiler knows
 COMPILING = Lock()
-SHARE = 2**20  # elements that keep a thread busy for many times what it takes to start one
+SHARE = 2**17  # elements that keep a thread busy for longer than it takes to wake one
 
 
 class Kernel(Protocol):

@@ -7,6 +7,9 @@ from torch import Tensor
 
 TAYLOR_TERMS = 28  # the last is below float64 rounding wherever the series is used
 
+NUMBERS = torch.arange(1, 64, dtype=torch.float64, device="cpu")
+INVERSE = 1 / NUMBERS.cumprod(0)  # 1/1!, 1/2!, ...
+
 
 def phi(k: int, z: Tensor) -> Tensor:
     """phi_k(z) = sum_n z^n / (n + k)!, so phi_0 = exp and phi_{k+1}(z) = (phi_k(z) - 1/k!) / z.
@@ -28,12 +31,10 @@ def phi(k: int, z: Tensor) -> Tensor:
 
 def phis(most: int, z: Tensor) -> Tensor:
     """phi_1(z), ..., phi_most(z), each as `phi` has it: [*shape of z, most], float64."""
-    n = torch.arange(1, most + TAYLOR_TERMS, dtype=torch.float64, device="cpu")
-    inverse = 1 / n.cumprod(0)  # 1/1!, 1/2!, ...
-    size, limits = z.abs(), (n[:most] + 1).clamp(max=4)
+    size, limits = z.abs(), NUMBERS[1 : most + 1].clamp(max=4)
     inside, outside = z.clamp(-4, 4), torch.where(size < 2, 1.0, z)
     powers = inside[..., None, None].expand(*z.shape, 1, TAYLOR_TERMS - 1).cumprod(-1)
-    series = inverse[:most] + (powers * inverse.unfold(0, TAYLOR_TERMS, 1)[:, 1:]).sum(-1)
+    series = INVERSE[:most] + (powers * INVERSE.unfold(0, TAYLOR_TERMS, 1)[:most, 1:]).sum(-1)
     recursion = [torch.expm1(outside) / outside]
     for k in range(1, most):
         recursion.append((recursion[-1] - 1 / math.factorial(k)) / outside)
