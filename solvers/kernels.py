@@ -106,8 +106,9 @@ class InC:
     marks = False
 
     def __init__(self, function: Any, x: Tensor, check: bool):
-        self.function, self.size, self.itemsize, self.check = function, x.numel(), x.itemsize, check
-        self.addresses = (ctypes.c_void_p * 8)()  # of the terms
+        self.function, self.size, self.check = function, x.numel(), check
+        self.strides, self.itemsize = x.stride(), x.itemsize
+        self.table, self.first, self.row_bytes = x, 0, 0  # the table of weights that was last asked for
         shares = max(min(torch.get_num_threads(), self.size // SHARE), 1)
         self.spans = list(pairwise(self.size * k // shares for k in range(shares + 1)))
         self.pool = ThreadPoolExecutor(shares - 1) if shares > 1 else None
@@ -124,19 +125,23 @@ class InC:
         flags: Tensor | None,
     ) -> bool:
         """See `Kernel`."""
-        m = laid_like(x, m, x.dtype)
-        if len(terms) > len(self.addresses):
-            self.addresses = (ctypes.c_void_p * len(terms))()
+        if m.stride() != self.strides or m.is_neg() or type(m) is not Tensor:
+            m = laid_like(x, m, x.dtype)
+        if table is not self.table:
+            self.table, self.first = table, table.data_ptr()
+            self.row_bytes = table.stride(0) * self.itemsize
+            self.addresses = (ctypes.c_void_p * max(table.shape[1] - 4, 1))()  # of the terms
         for k, term in enumerate(terms):
             self.addresses[k] = term.data_ptr()
+        start = x.data_ptr()
         given: Any = (
-            x.data_ptr(),
+            start,
             m.data_ptr(),
-            out.data_ptr(),
+            start if out is x else out.data_ptr(),
             None if kept is None else kept.data_ptr(),
             len(terms),
             self.addresses,
-            table.data_ptr() + row * table.stride(0) * self.itemsize,
+            self.first + row * self.row_bytes,
             self.check,
         )
         if self.pool is None:

@@ -218,7 +218,8 @@ def called(
         given = x
     else:
         given = (x * row.input_scale).to(wanted) if into is None else torch.mul(x, row.input_scale, out=into)
-    version = 0 if given.is_inference() else given._version
+    versioned = not given.is_inference()
+    version = given._version if versioned else 0
     try:
         m = model.net(given, row.label.clone() if grad else row.label, *guided)
     except Exception as error:
@@ -234,7 +235,7 @@ def called(
         raise _unfit(m, x, _where(plan, call))
     if not grad and m.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         m = m.clone()  # the model gave back its input, which the row is about to overwrite
-    if version != (0 if given.is_inference() else given._version):
+    if versioned and version != given._version:
         raise ValueError(
             f"the model changed its input x in place in {_where(plan, call)}: let it work on a clone"
         )
