@@ -152,6 +152,7 @@ def slopes_of(records):
     return {name: [log2(a / b) for a, b in pairwise(line)] for name, line in errors.items()}
 
 
+@pytest.mark.slow
 def test_peers_on_our_grids_have_the_order_that_they_have(scripts):
     script, peers = scripts["work_precision"], scripts["peers"]
     chosen = peers.found(f"k-diffusion {name}" for name in K_DIFFUSION)
@@ -163,6 +164,7 @@ def test_peers_on_our_grids_have_the_order_that_they_have(scripts):
         assert slopes[f"k-diffusion {name}"] == pytest.approx([order], abs=margin), name
 
 
+@pytest.mark.slow
 def test_peers_on_levels_of_their_own_have_the_order_that_they_have(scripts):
     """Their first level is no tiny sigma here, down to which one step is never short; 50 to 100 steps, or to 200."""
     script, peers = scripts["work_precision"], scripts["peers"]

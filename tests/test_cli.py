@@ -327,7 +327,9 @@ def test_errors_that_the_fine_run_cannot_see_are_shown_as_bounds(mine):
     assert shows_something(mine / "results/errors.png")
 
 
-@pytest.mark.parametrize("grid", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize(
+    "grid", ["trailing", *(pytest.param(name, marks=pytest.mark.slow) for name in ("leading", "linspace"))]
+)
 def test_a_solver_that_cannot_stand_on_the_grid_is_left_out(grid, tmp_path):
     options = ["--schedule", "ddpm", "--grid", grid, "--calls", "6", "--samples", 1, "--out", tmp_path]
     options += ["--solvers", "ddim,dpm_solver_fast,dpm_solver_pp_2s"]
