@@ -28,6 +28,7 @@ TUNED = (
     ("-march=native",),
     (),
 )  # the first that the compiler knows
+NO_HISTORY = "rows.c keeps outputs in the state's dtype"
 COMPILING = Lock()
 SHARE = 2**17  # elements that keep a thread busy for longer than it takes to wake one
 
@@ -66,8 +67,8 @@ def kernel_for(
     Args:
         x: the state, [B, ...].
         fused: True for a kernel, False for none; None for one on a CPU where a C compiler is found.
-        check: whether x is to be what it was where m is not finite, if anybody is told so.
         history: the dtype of kept outputs, if not the state's: there is no kernel for that on a CPU.
+        check: whether x is to be what it was where m is not finite, if anybody is told so.
 
     Raises:
         RuntimeError: fused is True, but there is no compiler, no Triton, or another device.
@@ -82,11 +83,11 @@ def kernel_for(
         return None
     if x.device.type == "cpu":
         with COMPILING:
-            function = "rows.c keeps outputs in the state's dtype" if history else _compiled(x.dtype)
-        if not isinstance(function, str):
+            function, reason = _compiled(x.dtype) if not history else (None, NO_HISTORY)
+        if not reason:
             return InC(function, x, check)
         if fused:
-            raise RuntimeError(f"fused = True, but {function}: leave it out for torch's own operations")
+            raise RuntimeError(f"fused = True, but {reason}: leave it out for torch's own operations")
         return None
     if not fused:
         return None
@@ -161,11 +162,11 @@ class InC:
 
 
 @cache
-def _compiled(dtype: torch.dtype) -> Any:
-    """The function of rows.c for a dtype, compiled once in a process, in 0.2 s; or, as text, why there is none."""
+def _compiled(dtype: torch.dtype) -> tuple[Any, str]:
+    """The function of rows.c for a dtype, compiled once in a process, in 0.2 s; or None, and why."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if not compiler or shutil.which(compiler[0]) is None:
-        return f"no C compiler {' '.join(compiler)!r} is found"
+        return None, f"no C compiler {' '.join(compiler)!r} is found"
     real, most = REALS[dtype]
     command = [*compiler, *FLAGS, f"-DREAL={real}", f"-DMAX={most}", str(Path(__file__).with_name("rows.c"))]
     try:
@@ -176,14 +177,14 @@ def _compiled(dtype: torch.dtype) -> Any:
                 if made.returncode == 0:
                     break
             else:
-                return f"{compiler[0]} does not compile rows.c: {made.stderr.decode(errors='replace').strip()[:300]}"
+                return (
+                    None,
+                    f"{compiler[0]} does not compile rows.c: {made.stderr.decode(errors='replace').strip()[:300]}",
+                )
             function = ctypes.CDLL(library).row
-    except (
-        OSError,
-        AttributeError,
-    ) as error:  # no program, no folder, or one from which nothing may be executed
-        return f"rows.c is not compiled or not loaded: {error}"
+    except (OSError, AttributeError) as error:  # no program, or a folder from which nothing may be executed
+        return None, f"rows.c is not compiled or not loaded: {error}"
     pointer = ctypes.c_void_p
     size, number = ctypes.c_int64, ctypes.c_int
     function.argtypes = [size, size, *[pointer] * 4, number, pointer, pointer, number]
-    return function
+    return function, ""

@@ -68,7 +68,7 @@ class State:
             x: the state at plan.times[0], [B, ...], float32 or float64.
             next_x: the state at plan.times[1].
         """
-        if plan.element_shape or plan.shift.numel() or plan.is_stochastic or plan.b[0, 0] == 0:
+        if not plan.is_scalar or plan.is_stochastic or plan.b[0, 0] == 0:
             raise ValueError(
                 "the first row of the plan does not show the output of its call in x: expected a deterministic plan of numbers"
             )

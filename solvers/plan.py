@@ -126,6 +126,11 @@ class Plan:
         return tuple(self.a.shape[1:])
 
     @property
+    def is_scalar(self) -> bool:
+        """Whether its rows weigh by numbers alone: no coefficients per element, and no shift."""
+        return not (self.element_shape or self.shift.numel())
+
+    @property
     def half_logsnr(self) -> Tensor:
         """log(alpha / sigma) at each time, [N+1]."""
         return torch.log(self.alpha) - torch.log(self.sigma)
@@ -227,7 +232,7 @@ class Plan:
             ValueError: more rows or columns than `from_json` would read, or not a plan of numbers alone: a mixture, a shift,
                 variances of the model's, or coefficients per element are made again from what they were made of.
         """
-        if self.predicts == "mixture" or self.shift.numel() or self.variances.numel() or self.element_shape:
+        if self.predicts == "mixture" or self.variances.numel() or not self.is_scalar:
             raise ValueError(
                 f"a plan in {self.predicts} form, per element {list(self.element_shape)}, or whose noise the model scales, is not "
                 "saved as text: save what it is built from (e.g. Statistics.save) and build it again"
@@ -374,7 +379,7 @@ class Plan:
         Where x_0 and eps are constant: (alpha, p) and, for an ODE, (sigma, q). In velocity form, with
         n = sqrt(scale^2 alpha^2 + sigma^2) and theta = arctan(sigma / (scale alpha)): that, or (n, 0) and (n theta, n).
         """
-        if not self.consistent or self.predicts == "mixture" or self.shift.numel() or self.element_shape:
+        if not self.consistent or self.predicts == "mixture" or not self.is_scalar:
             return
         alpha, sigma = self.alpha, self.sigma
         levels, weights = [alpha, sigma], [*mixture(self.predicts, alpha, sigma, scale=self.scale)]

@@ -56,7 +56,7 @@ class Row(NamedTuple):
 
 def rows_of(plan: Plan, model: Model, like: Tensor | None = None) -> list[Row]:
     """Everything the loop needs, decided before the first call and laid beside `like`, the state. Nothing waits for a device."""
-    formula = bool(plan.element_shape or plan.shift.numel())
+    formula = not plan.is_scalar
     if like is not None and not _broadcasts(plan.element_shape, like.shape[1:]):
         raise ValueError(
             f"x has shape {list(like.shape)}: the plan's coefficients are for elements {list(plan.element_shape)}, expected "

@@ -220,13 +220,7 @@ def check_speed(plan: Plan, grad: bool, fused: bool | None, history: torch.dtype
         raise TypeError(f"fused = {fused!r:.100}: expected True, False or None")
     if not (history is None or (isinstance(history, torch.dtype) and history.is_floating_point)):
         raise TypeError(f"history = {history!r:.100}: expected a floating-point dtype, e.g. torch.bfloat16")
-    formula = (
-        "grad=True"
-        if grad
-        else "coefficients per element"
-        if plan.element_shape or plan.shift.numel()
-        else ""
-    )
+    formula = "grad=True" if grad else "" if plan.is_scalar else "coefficients per element"
     if formula and (fused or history):
         name, value = ("fused", fused) if fused else ("history", history)
         raise ValueError(f"{name} = {value} with {formula}, whose rows are formulas of torch: leave it out")

@@ -109,7 +109,7 @@ def corrected(
     """
     whole("order", order, 1, MAX_ORDER)
     choice("variant", variant, VARIANTS)
-    if plan.is_stochastic or plan.predicts == "mixture" or plan.shift.numel() or plan.element_shape:
+    if plan.is_stochastic or plan.predicts == "mixture" or not plan.is_scalar:
         raise ValueError(
             f"a plan in {plan.predicts} form, stochastic = {plan.is_stochastic}: expected a deterministic one in noise, data or velocity form"
         )
