@@ -33,6 +33,7 @@ from solvers.methods import BUILDS, METHODS, SDES
 BARE, ADD, ADDCMUL, IDEAL = "bare model", "one torch.add_", "torch.addcmul_", "ideal single pass"
 TRAFFIC = 5 / 4  # of the ideal and of addcmul_
 EAGER = ", fused=False"
+FUSED = {EAGER: False, ", fused=True": True}  # ends of names; else `run` decides by itself
 USUAL = "dpm_solver_pp_2m"  # the row that the ideal is of
 PEER_NAMES = [name for name, peer in PEERS.items() if not isinstance(peer, Torchdiffeq)]
 CHOSEN = (  # at larger sizes
@@ -61,15 +62,15 @@ TARGETS = (
 
 
 class Net:
-    """A network that costs nothing: the same output every time, and a note of when it was asked."""
+    """A network that costs nothing: the same output every time, and a note of when it was asked, by some clock."""
 
-    def __init__(self, output: Tensor):
-        self.output = output
-        self.asked: list[float] = []
+    def __init__(self, output: Tensor, clock: Callable[[], Any]):
+        self.output, self.clock = output, clock
+        self.asked: list[Any] = []
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The fixed output."""
-        self.asked.append(perf_counter())
+        self.asked.append(self.clock())
         return self.output
 
 
@@ -82,14 +83,22 @@ class Loop:
     per_step: int = 1  # calls that differ, as the stages of a step do
 
 
-def loops(shape: tuple[int, ...], calls: int, names: Iterable[str], seed: int) -> tuple[Net, dict[str, Loop]]:
+def loops(
+    shape: tuple[int, ...],
+    calls: int,
+    names: Iterable[str],
+    seed: int,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], Any] = perf_counter,
+) -> tuple[Net, dict[str, Loop]]:
     """The network, and by name the loops that call it `calls` times, or as near as whole steps come; all on float32 of one shape.
 
     Of the names those whose library is installed; before them the bare model, add_ and addcmul_.
     """
-    generator = torch.Generator().manual_seed(seed)
-    x, m, other = (torch.randn(shape, generator=generator) for _ in range(3))
-    net, t, state = Net(m), torch.zeros(shape[0]), x.clone()
+    names = list(names)
+    generator = torch.Generator(device).manual_seed(seed)
+    x, m, other = (torch.randn(shape, generator=generator, device=device) for _ in range(3))
+    net, t, state = Net(m, clock), torch.zeros(shape[0], device=device), x.clone()
 
     def each_call(update: Callable[[Tensor], object]) -> None:
         for _ in range(calls):
@@ -106,7 +115,7 @@ def loops(shape: tuple[int, ...], calls: int, names: Iterable[str], seed: int) -
         if name in peers:
             peer = peers[name]
             per_step = peer.calls_per_step
-            grid = peer.grid(calls // per_step)
+            grid = peer.grid(calls // per_step, device)
             run = partial(peer.run, net, x, grid, generator if peer.noise else None)
             made[name] = Loop(run, calls // per_step * per_step, per_step)
         elif name not in PEERS:
@@ -115,15 +124,14 @@ def loops(shape: tuple[int, ...], calls: int, names: Iterable[str], seed: int) -
 
 
 def _ours(name: str, net: Net, x: Tensor, calls: int, generator: torch.Generator) -> dict[str, Loop]:
-    """`sv.run` as it decides by itself, or told not to fuse."""
-    method = name.removesuffix(EAGER)
-    options = {"fused": False} if name != method else {}
+    """`sv.run` as it decides by itself, or as the end of the name says."""
+    method, end = next(((name.removesuffix(end), end) for end in FUSED if name.endswith(end)), (name, ""))
     plan = within(method, sv.VP(), sv.logsnr, calls)
     if plan is None:  # not one step within the calls
         return {}
     per_step = (METHODS | SDES)[method].calls_per_step if method in METHODS | SDES else 1
-    run = partial(sv.run, plan, net, x, generator if plan.is_stochastic else None, **options)
-    return {name: Loop(run, plan.nfe, per_step)}
+    noise = generator if plan.is_stochastic else None
+    return {name: Loop(partial(sv.run, plan, net, x, noise, fused=FUSED.get(end)), plan.nfe, per_step)}
 
 
 @torch.no_grad()
@@ -150,22 +158,23 @@ def measure(shape: tuple[int, ...], calls: int, rounds: int, names: Iterable[str
                     every = {name: min(1 + int(of[0][0] / limit), most) for name, of in times.items()}
     finally:
         gc.enable()
+    return records_of(shape, made, {name: of[1:] for name, of in times.items()}, seed)
+
+
+def records_of(
+    shape: tuple[int, ...], made: dict[str, Loop], times: dict[str, list[tuple[float, float]]], seed: int
+) -> list[Step]:
+    """What the loops took in each round, (whole, between), without what the bare model did; and the ideal of addcmul_'s."""
     cost = {
-        name: (median(w for w, _ in of[1:]), min(w for w, _ in of[1:]), min(b for _, b in of[1:]))
+        name: (median(w for w, _ in of), min(w for w, _ in of), min(b for _, b in of))
         for name, of in times.items()
     }
-    bare = cost[BARE]
-    outside = {name: [c - b for c, b in zip(cost[name], bare, strict=True)] for name in made if name != BARE}
+    bare = cost.pop(BARE)
+    outside = {name: [c - b for c, b in zip(found, bare, strict=True)] for name, found in cost.items()}
     outside = {ADD: outside[ADD], IDEAL: [TRAFFIC * v for v in outside[ADDCMUL]]} | outside
+    of = {name: ADDCMUL if name == IDEAL else name for name in outside}
     return [
-        Step(
-            name,
-            list(shape),
-            made[ADDCMUL if name == IDEAL else name].calls,
-            *seconds,
-            len(times[ADDCMUL if name == IDEAL else name]) - 1,
-            seed,
-        )
+        Step(name, list(shape), made[of[name]].calls, *seconds, len(times[of[name]]), seed)
         for name, seconds in outside.items()
     ]
 
